@@ -1,0 +1,1 @@
+"""Text in, token samples out. Knows neither models nor engines."""

@@ -1,0 +1,67 @@
+"""The `megaloom` command: a table of commands, each in the room that owns its work.
+
+A command's module is imported only when it is called, so that `megaloom --help` answers at once and works on
+a login node without torch.  A user's mistake ends in one line on stderr and exit code 2, never in a traceback.
+"""
+
+import importlib
+import sys
+from dataclasses import dataclass
+
+from data_tools.errors import DataError
+from model_providers.errors import ModelError
+from pretrain.errors import RunError
+
+
+@dataclass(frozen=True)
+class Command:
+    """One row: the module whose ``main(argv)`` does the work, and the line that `megaloom --help` shows."""
+
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "prepare": Command("data_tools.prepare", "text, JSON lines, parquet or a dataset -> a tokenised corpus (.bin/.idx)"),
+    "tokenizer": Command("data_tools.tokenizer_training", "train a byte-level BPE tokenizer on a corpus of text"),
+    "data": Command("data_tools.inspect", "inspect, merge or verify tokenised corpora"),
+    "run": Command("launch.run", "check a run file, then train it through the deepspeed launcher on this machine"),
+    "parity": Command("launch.parity", "train a run file's model in its layout and in one process, and compare"),
+    "generate": Command("pretrain.generate", "continue a prompt from a checkpoint"),
+    "config": Command("pretrain.show_config", "print a run's resolved configuration and where each value comes from"),
+    "plot": Command("pretrain.plot", "draw a run's loss curve, or a learning-rate schedule, to a PNG"),
+}
+
+USAGE_EXIT_CODE = 2
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run ``megaloom COMMAND ARGS...``; exits with 2 and one line on a user's mistake."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help"):
+        print(_help())
+        return
+    name, rest = words[0], words[1:]
+    if name not in COMMANDS:
+        sys.exit(_complain(f"no command {name!r}; there are: {', '.join(COMMANDS)}"))
+    try:
+        importlib.import_module(COMMANDS[name].module).main(rest)
+    except (DataError, ModelError, RunError) as mistake:
+        sys.exit(_complain(f"{name}: {mistake}"))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    rows = (f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items())
+    return "\n".join(["usage: megaloom COMMAND ...   (megaloom COMMAND --help tells more)", "", *rows])
+
+
+def _complain(text: str) -> int:
+    print(f"megaloom {text}", file=sys.stderr)
+    return USAGE_EXIT_CODE
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Sizes in, layers out. Knows no engine."""

@@ -1,0 +1,1 @@
+"""What survives: weights, optimizer states and progress on disk."""

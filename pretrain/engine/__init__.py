@@ -1,0 +1,1 @@
+"""Motion: process groups, and the DeepSpeed engines that train a layer plan."""

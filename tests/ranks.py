@@ -1,0 +1,167 @@
+"""A pool of gloo ranks on the CPU, shared by all tests of one pytest run.
+
+Importing torch, DeepSpeed and megatron-core costs about six seconds a process, more than most tests, so the
+processes stay: each task gets a fresh process group of the size it asks for, and the libraries' module
+globals are put back afterwards.  A task that fails or hangs costs a restart of the pool, never a hang of
+the test run.
+
+    def task(scale: float) -> float: ...            # at module level: it travels by name
+    losses = ranks.run(task, 2, 0.5)                # one result per rank, in rank order
+"""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+SIZE = 4
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class RankError(AssertionError):
+    """A rank raised, died or did not answer in time; the text holds the first failing rank's traceback."""
+
+
+class RankPool:
+    """``SIZE`` processes that run tasks as ranks 0..n-1 of a gloo world."""
+
+    def __init__(self, size: int = SIZE):
+        self.size = size
+        self.workers: list[tuple[Any, Connection]] = []
+
+    def run(self, task: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 240) -> list[Any]:
+        """Call ``task(*args)`` on ``world_size`` ranks and return their results in rank order."""
+        assert 1 <= world_size <= self.size, f"world_size={world_size}: the pool has {self.size} ranks"
+        if not self.workers:
+            self._start()
+        with tempfile.TemporaryDirectory(prefix="megaloom-ranks-") as folder:
+            store = os.path.join(folder, "store")
+            for rank in range(world_size):
+                self.workers[rank][1].send((task, args, rank, world_size, store))
+            return self._collect(world_size, time.monotonic() + timeout_s)
+
+    def close(self) -> None:
+        """End the processes that this pool started, and no others."""
+        for process, pipe in self.workers:
+            pipe.close()
+            process.kill()
+            process.join()
+        self.workers = []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_worker, args=(theirs, os.getpid()), name=f"rank{rank}", daemon=True)
+            process.start()
+            theirs.close()
+            self.workers.append((process, ours))
+
+    def _collect(self, world_size: int, deadline_s: float) -> list[Any]:
+        results: dict[int, Any] = {}
+        pipes = {self.workers[rank][1]: rank for rank in range(world_size)}
+        while pipes:
+            ready = wait(list(pipes), timeout=max(0.0, deadline_s - time.monotonic()))
+            if not ready:
+                silent = sorted(pipes.values())
+                self.close()
+                raise RankError(f"ranks {silent} did not answer in time")
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = pipes.pop(pipe)
+                try:
+                    ok, value = pipe.recv()
+                except EOFError:
+                    ok, value = False, f"the process of rank {rank} died (see its output above)"
+                if not ok:
+                    self.close()
+                    raise RankError(f"rank {rank} of {world_size} failed first:\n{value}")
+                results[rank] = value
+        return [results[rank] for rank in range(world_size)]
+
+
+def _worker(pipe: Connection, parent_pid: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent_pid:
+            return
+    os.environ.update(CPU_ONLY_ENVIRONMENT)
+    import torch
+
+    torch.set_num_threads(1)
+    baseline = _Baseline()
+    while True:
+        try:
+            task, args, rank, world_size, store = pipe.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            _join_world(rank, world_size, store)
+            value = task(*args)
+            torch.distributed.barrier()
+            answer = (True, value)
+        except BaseException:  # the whole point is to carry any failure to the test that asked
+            answer = (False, traceback.format_exc())
+        pipe.send(answer)
+        if not answer[0]:
+            return
+        baseline.restore()
+
+
+CPU_ONLY_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "TOKENIZERS_PARALLELISM": "false",
+    "DEEPSPEED_LOG_LEVEL": "error",
+}
+
+
+def _join_world(rank: int, world_size: int, store: str) -> None:
+    import torch
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+
+
+class _Baseline:
+    """The libraries' process-wide state as it was before the first task."""
+
+    def __init__(self) -> None:
+        import deepspeed.comm.comm
+        import deepspeed.utils.groups
+        import megatron.core.parallel_state
+        import megatron.core.tensor_parallel.random
+
+        modules = (
+            deepspeed.comm.comm,
+            deepspeed.utils.groups,
+            megatron.core.parallel_state,
+            megatron.core.tensor_parallel.random,
+        )
+        self.saved = {module: _plain_globals(module) for module in modules}
+
+    def restore(self) -> None:
+        import torch
+
+        torch.distributed.destroy_process_group()
+        torch.set_default_dtype(torch.float32)
+        for module, values in self.saved.items():
+            for name, value in values.items():
+                setattr(module, name, type(value)(value) if isinstance(value, dict | list | set) else value)
+
+
+def _plain_globals(module: Any) -> dict[str, Any]:
+    return {
+        name: type(value)(value) if isinstance(value, dict | list | set) else value
+        for name, value in vars(module).items()
+        if not name.startswith("__") and not callable(value) and not hasattr(value, "__spec__")
+    }
