@@ -1,0 +1,248 @@
+"""What a GPT is: sizes and options, nothing about where or how it runs.
+
+Facts only, frozen.  What follows from them is a property (``head_width``, ``ffn_width``,
+``padded_vocab_size``), so nothing writes into a config after loading.  A wrong fact is told with its limit
+and the way out, all faults at once.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from model_providers.errors import ModelError
+
+GATED_ACTIVATIONS = ("swiglu", "geglu")
+GATED_FFN_MULTIPLE = (
+    256  # Llama's reference code rounds 8h/3 up to this (github.com/meta-llama/llama, model.py)
+)
+
+
+class Facts(BaseModel):
+    """Frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LinearScaling(Facts):
+    """Positions divided by ``factor`` (Chen et al. 2023, arXiv:2306.15595)."""
+
+    kind: Literal["linear"] = "linear"
+    factor: float = Field(ge=1.0)
+
+
+class Llama3Scaling(Facts):
+    """Long wavelengths divided by ``factor``, short ones kept, a ramp between (Grattafiori et al. 2024,
+    arXiv:2407.21783).
+    """
+
+    kind: Literal["llama3"] = "llama3"
+    factor: float = Field(default=8.0, ge=1.0)
+    low_freq_factor: float = Field(default=1.0, gt=0.0)
+    high_freq_factor: float = Field(default=4.0, gt=0.0)
+    original_max_positions: int = Field(default=8192, gt=0)
+
+
+class YarnScaling(Facts):
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): a ramp over dimensions, and cos/sin scaled by
+    ``attention_factor``.
+    """
+
+    kind: Literal["yarn"] = "yarn"
+    factor: float = Field(ge=1.0)
+    original_max_positions: int = Field(gt=0)
+    beta_fast: float = Field(default=32.0, gt=0.0)
+    beta_slow: float = Field(default=1.0, gt=0.0)
+    attention_factor: float | None = (
+        None  # None = 0.1 ln(factor) + 1 (section 3.4), or from mscale and mscale_all_dim
+    )
+    mscale: float | None = None  # the two of DeepSeek-V2's variant
+    mscale_all_dim: float | None = None
+    truncate: bool = True  # the ramp's ends rounded outwards to whole dimensions
+
+    @property
+    def cos_sin_scale(self) -> float:
+        """The factor on cos and sin, hence its square on the attention scores (YaRN section 3.4)."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return self._concentration(self.mscale) / self._concentration(self.mscale_all_dim)
+        return self._concentration(1.0)
+
+    def _concentration(self, weight: float) -> float:
+        return 0.1 * weight * math.log(self.factor) + 1.0 if self.factor > 1.0 else 1.0
+
+
+RopeScaling = Annotated[LinearScaling | Llama3Scaling | YarnScaling, Field(discriminator="kind")]
+
+
+class ModelConfig(Facts):
+    """A GPT's sizes and options; every field can be overridden on top of a preset."""
+
+    num_layers: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    num_kv_heads: int | None = Field(default=None, gt=0)  # None = as many as heads; 1 = multi-query
+    head_dim: int | None = Field(default=None, gt=0)  # None = hidden_size / num_attention_heads
+    ffn_hidden_size: int | None = Field(default=None, gt=0)  # None: see ffn_width
+    vocab_size: int | None = Field(default=None, gt=0)  # None = the tokenizer's, filled in by the run
+    max_sequence_length: int = Field(
+        default=1024, gt=0
+    )  # rows of the learned positions; the limit of generation
+
+    position_embedding: Literal["learned", "rotary", "none"] = "rotary"
+    rotary_base: float = Field(default=10000.0, gt=1.0)
+    rotary_fraction: float = Field(default=1.0, gt=0.0, le=1.0)  # share of head_width that turns
+    rope_scaling: RopeScaling | None = None
+
+    normalization: Literal["layernorm", "rmsnorm"] = "rmsnorm"
+    norm_eps: float = Field(default=1e-5, gt=0.0)
+    activation: Literal["gelu", "gelu_tanh", "relu", "squared_relu", "swiglu", "geglu"] = "swiglu"
+    linear_bias: bool = False  # on all four linears of a block
+    qkv_bias: bool = False  # on the query, key and value projection alone
+    qk_norm: bool = False  # each head's query and key normalised before rotation
+    sliding_window: int | None = Field(default=None, gt=0)  # a token sees itself and the window - 1 before it
+    tie_embeddings: bool = True
+
+    hidden_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    attention_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    init_std: float = Field(default=0.02, gt=0.0)
+    scale_residual_init: bool = (
+        True  # std / sqrt(2 L) on what is added to the residual (Radford et al. 2019, section 2.3)
+    )
+    pad_vocab_to_multiple_of: int = Field(default=128, gt=0)  # never depends on TP, so neither do the numbers
+
+    @model_validator(mode="after")
+    def _facts_agree(self) -> "ModelConfig":
+        problems = [sentence for rule in RULES if (sentence := rule(self)) is not None]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_attention_heads
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one key and value head (Ainslie et al. 2023, arXiv:2305.13245)."""
+        return self.num_attention_heads // self.kv_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rotary_width(self) -> int:
+        """How many of ``head_width`` turn; the rest passes as it is."""
+        return int(self.head_width * self.rotary_fraction)
+
+    @property
+    def query_width(self) -> int:
+        return self.num_attention_heads * self.head_width
+
+    @property
+    def kv_width(self) -> int:
+        return self.kv_heads * self.head_width
+
+    @property
+    def is_gated(self) -> bool:
+        return self.activation in GATED_ACTIVATIONS
+
+    @property
+    def ffn_width(self) -> int:
+        """``ffn_hidden_size``, or 4h, or for gated activations 8h/3 (equal parameters; Shazeer 2020,
+        arXiv:2002.05202) rounded up to a multiple of 256.
+        """
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        if not self.is_gated:
+            return 4 * self.hidden_size
+        return math.ceil(8 * self.hidden_size / 3 / GATED_FFN_MULTIPLE) * GATED_FFN_MULTIPLE
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return self.linear_bias or self.qkv_bias
+
+    @property
+    def known_vocab_size(self) -> int:
+        if self.vocab_size is None:
+            raise ModelError(
+                "vocab_size=None: the model needs a number here; give vocab_size or a tokenizer that knows it"
+            )
+        return self.vocab_size
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: ``vocab_size`` rounded up; the loss never sees the added columns."""
+        multiple = self.pad_vocab_to_multiple_of
+        return math.ceil(self.known_vocab_size / multiple) * multiple
+
+
+def heads_divide_hidden_size(model: ModelConfig) -> str | None:
+    if model.head_dim is None and model.hidden_size % model.num_attention_heads:
+        return (
+            f"num_attention_heads={model.num_attention_heads}: does not divide "
+            f"hidden_size={model.hidden_size}; choose a divisor, or set head_dim"
+        )
+    return None
+
+
+def kv_heads_divide_heads(model: ModelConfig) -> str | None:
+    if model.num_attention_heads % model.kv_heads:
+        legal = [n for n in range(1, model.num_attention_heads + 1) if model.num_attention_heads % n == 0]
+        return (
+            f"num_kv_heads={model.num_kv_heads}: must divide "
+            f"num_attention_heads={model.num_attention_heads}; choose one of {legal}"
+        )
+    return None
+
+
+def rotary_width_is_even(model: ModelConfig) -> str | None:
+    if model.position_embedding == "rotary" and (model.rotary_width % 2 or model.rotary_width == 0):
+        return (
+            f"rotary_fraction={model.rotary_fraction}: turns {model.rotary_width} of "
+            f"head_dim={model.head_width}, and rotation needs pairs; choose a fraction that gives an even "
+            f"number above 0"
+        )
+    return None
+
+
+def rope_scaling_needs_rotary(model: ModelConfig) -> str | None:
+    if model.rope_scaling is not None and model.position_embedding != "rotary":
+        return (
+            f"rope_scaling={model.rope_scaling.kind}: has no effect with "
+            f"position_embedding={model.position_embedding}; remove it, or set position_embedding=rotary"
+        )
+    return None
+
+
+def llama3_bands_are_ordered(model: ModelConfig) -> str | None:
+    scaling = model.rope_scaling
+    if isinstance(scaling, Llama3Scaling) and scaling.high_freq_factor <= scaling.low_freq_factor:
+        return (
+            f"rope_scaling.high_freq_factor={scaling.high_freq_factor}: must be above "
+            f"low_freq_factor={scaling.low_freq_factor}; Llama 3.1 uses 4 and 1"
+        )
+    return None
+
+
+def yarn_betas_are_ordered(model: ModelConfig) -> str | None:
+    scaling = model.rope_scaling
+    if isinstance(scaling, YarnScaling) and scaling.beta_fast <= scaling.beta_slow:
+        return (
+            f"rope_scaling.beta_fast={scaling.beta_fast}: must be above beta_slow={scaling.beta_slow}; "
+            f"the paper uses 32 and 1"
+        )
+    return None
+
+
+RULES: tuple[Callable[[ModelConfig], str | None], ...] = (
+    heads_divide_hidden_size,
+    kv_heads_divide_heads,
+    rotary_width_is_even,
+    rope_scaling_needs_rotary,
+    llama3_bands_are_ordered,
+    yarn_betas_are_ordered,
+)

@@ -1,0 +1,159 @@
+"""Which implementation of each layer: Transformer Engine on CUDA where it is installed, else torch.
+
+The only file that looks for Transformer Engine and for NVIDIA's apex.  Norms and linears stay separate
+modules in both sets (Transformer Engine could fuse them), so the names of parameters do not depend on the
+kernels.
+"""
+
+import importlib
+import importlib.util
+import logging
+from typing import Any, Literal, NamedTuple
+
+import torch
+from megatron.core.extensions import transformer_engine as mcore_te
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+from model_providers.errors import ModelError
+from model_providers.portable import CoreAttention, GatedActivation, LeanSelfAttention, Norm, attend
+
+logger = logging.getLogger(__name__)
+
+KernelChoice = Literal["auto", "te", "torch"]
+
+
+class Kernels(NamedTuple):
+    """One set of implementations, in megatron-core's signatures."""
+
+    name: str
+    norm: Any
+    column_linear: Any
+    row_linear: Any
+    core_attention: Any
+    fuse: bool  # let megatron-core use its fused activation and bias-dropout-add
+
+    def block_submodules(self, config: TransformerConfig) -> TransformerLayerSubmodules:
+        """The layer spec of a dense GPT block."""
+        qk_norm = self.norm if config.qk_layernorm else IdentityOp
+        attention = SelfAttentionSubmodules(
+            linear_qkv=self.column_linear,
+            core_attention=self.core_attention,
+            linear_proj=self.row_linear,
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
+        )
+        mlp = MLPSubmodules(
+            linear_fc1=self.column_linear, activation_func=GatedActivation, linear_fc2=self.row_linear
+        )
+        return TransformerLayerSubmodules(
+            input_layernorm=self.norm,
+            self_attention=ModuleSpec(
+                module=LeanSelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=self.norm,
+            mlp=ModuleSpec(module=MLP, params={"ffn_hidden_size": config.ffn_hidden_size}, submodules=mlp),
+            mlp_bda=get_bias_dropout_add,
+        )
+
+
+def choose_kernels(choice: str, device: str) -> Kernels:
+    """``device`` is a type, "cpu" or "cuda".  "auto" takes Transformer Engine where it can, and logs one
+    line.
+    """
+    if choice not in ("auto", "te", "torch"):
+        raise ModelError(f"kernels={choice}: unknown; choose auto, te or torch")
+    if choice == "torch":
+        return torch_kernels(device)
+    obstacle = transformer_engine_obstacle(device)
+    if obstacle is None:
+        logger.info("kernels=%s: Transformer Engine", choice)
+        return transformer_engine_kernels()
+    if choice == "te":
+        raise ModelError(f"kernels=te: {obstacle}; use kernels=torch, or auto, which falls back by itself")
+    kernels = torch_kernels(device)
+    logger.info("kernels=auto: %s, because %s", kernels.name, obstacle)
+    return kernels
+
+
+def transformer_engine_obstacle(device: str) -> str | None:
+    """Why Transformer Engine cannot be used, or None."""
+    if device != "cuda":
+        return f"Transformer Engine runs on CUDA and the device is {device}"
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "Transformer Engine is not installed (pip install 'megaloom[te]')"
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:  # a build against another CUDA or torch fails in any way it likes
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return f"Transformer Engine is installed but does not load ({reason})"
+    if not mcore_te.HAVE_TE:
+        return "megatron-core did not find Transformer Engine when it was imported"
+    return None
+
+
+def apex_obstacle() -> str | None:
+    """Why NVIDIA's apex cannot be used, or None.  PyPI's package of that name is a toolkit for the Pyramid
+    web framework.
+    """
+    if importlib.util.find_spec("apex") is None:
+        return "apex is not installed"
+    try:
+        importlib.import_module("apex.normalization.fused_layer_norm")
+    except Exception as error:
+        if importlib.util.find_spec("pyramid") is not None or "pyramid" in str(error):
+            return "the installed apex is PyPI's package for the Pyramid web framework, not NVIDIA's"
+        return f"the installed apex has no fused norms ({type(error).__name__}); build NVIDIA's from source"
+    return None
+
+
+def torch_kernels(device: str = "cpu") -> Kernels:
+    norm: Any = Norm
+    name = "torch"
+    if device == "cuda" and apex_obstacle() is None:
+        norm, name = _apex_or_torch_norm, "torch with apex norms"
+    return Kernels(name, norm, ColumnParallelLinear, RowParallelLinear, CoreAttention, fuse=False)
+
+
+def transformer_engine_kernels() -> Kernels:
+    return Kernels(
+        "transformer engine",
+        mcore_te.TENorm,
+        mcore_te.TEColumnParallelLinear,
+        mcore_te.TERowParallelLinear,
+        _te_core_attention(),
+        fuse=True,
+    )
+
+
+def _apex_or_torch_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> torch.nn.Module:
+    """apex has a fused LayerNorm behind megatron-core's wrapper; RMSNorm it has not there."""
+    wanted = FusedLayerNorm if config.normalization == "LayerNorm" else Norm
+    return wanted(config=config, hidden_size=hidden_size, eps=eps)
+
+
+def _te_core_attention() -> type:
+    """A class made on demand: its base is a real class only where Transformer Engine is installed."""
+
+    class SegmentedAttention(mcore_te.TEDotProductAttention):  # type: ignore[misc]
+        """Transformer Engine's attention; packed documents, whose mask it only takes unfused, go through
+        torch's SDPA.
+        """
+
+        def forward(
+            self, query: Any, key: Any, value: Any, attention_mask: Any, attn_mask_type: Any, **rest: Any
+        ) -> Any:
+            if attention_mask is None:
+                return super().forward(query, key, value, None, attn_mask_type, **rest)
+            return attend(query, key, value, attention_mask, self.config, training=self.training)
+
+    return SegmentedAttention

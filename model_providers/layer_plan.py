@@ -1,0 +1,150 @@
+"""A model as a list of layers, and the named value that flows between them.
+
+A provider returns this plan, not a module: the ZeRO engine builds all of it, a pipeline engine builds its
+share, and the names of parameters ("layers.3.mlp.linear_fc1.weight") come from the plan, so they do not
+depend on either.
+
+Inside a process a value is a NamedTuple.  Between pipeline stages it is what ``to_wire`` makes of it: a
+tensor, or a tuple of tensors in which every floating-point tensor needs its gradient and no integer tensor
+does.  A layer called with the wire form answers in the wire form, so an engine that only moves tensors can
+call the layers directly.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+from torch import nn
+
+from model_providers.cost import LayerCost
+from model_providers.errors import ModelError
+
+
+class GPTInputs(NamedTuple):
+    """What the first layer takes."""
+
+    tokens: torch.Tensor  # int64 [b s]
+    segments: torch.Tensor | None = (
+        None  # int32 [b s]: 0, 1, ... rising; attention and learned positions stay inside one
+    )
+    cache: Any = None  # keys and values of earlier tokens, in generation only; never on the wire
+
+    def to_wire(self) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        return _to_wire(self)
+
+    @classmethod
+    def from_wire(cls, wire: torch.Tensor | Sequence[torch.Tensor]) -> Self:
+        return cls(wire) if isinstance(wire, torch.Tensor) else cls(*wire)
+
+
+class GPTValue(NamedTuple):
+    """What flows from layer to layer."""
+
+    hidden: torch.Tensor  # [s b h], under sequence parallelism [s/tp b h]
+    segments: torch.Tensor | None = None  # int32 [b s], as in GPTInputs
+    cache: Any = None
+
+    def to_wire(self) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        return _to_wire(self)
+
+    @classmethod
+    def from_wire(cls, wire: torch.Tensor | Sequence[torch.Tensor]) -> Self:
+        return cls(wire) if isinstance(wire, torch.Tensor) else cls(*wire)
+
+
+class Targets(NamedTuple):
+    """What the loss takes beside the last layer's output; a plain tuple of the two will do."""
+
+    labels: torch.Tensor  # int64 [b s]
+    weights: (
+        torch.Tensor
+    )  # float32 [b s]; the loss is the weighted sum, so the caller's weights decide which mean it is
+
+
+class Recompute(NamedTuple):
+    """What the forward pass forgets and the backward pass computes again.
+
+    ``selective``: core attention, inside the layers.  ``full``: whole layers in groups of ``every``, which
+    the engine does with the plan's ``checkpoint_function``.
+    """
+
+    mode: Literal["none", "selective", "full"] = "none"
+    every: int = 1
+
+    def checked(self) -> "Recompute":
+        if self.mode not in ("none", "selective", "full"):
+            raise ModelError(f"recompute.mode={self.mode}: unknown; choose none, selective or full")
+        if self.every < 1:
+            raise ModelError(f"recompute.every={self.every}: counts layers; use 1 or more")
+        return self
+
+
+class PlannedLayer(NamedTuple):
+    name: str  # the prefix of its parameters' names: "embedding", "layers.0", ..., "final_norm", "head"
+    build: Callable[
+        [], nn.Module
+    ]  # the same weights at every call, whatever the layout; touches no global random state
+    cost: LayerCost
+    checkpointable: bool  # may be forgotten under full recompute
+
+
+class Tie(NamedTuple):
+    """Two parameters that are one: the same object when both layers live in one module, synchronised replicas
+    otherwise.
+
+    Both are drawn with the same initial values.
+    """
+
+    owner: str
+    owner_parameter: str
+    user: str
+    user_parameter: str
+
+
+class LayerPlan(NamedTuple):
+    layers: tuple[PlannedLayer, ...]
+    ties: tuple[Tie, ...]
+    loss: Callable[[torch.Tensor, Any], torch.Tensor]  # (last output, Targets) -> scalar, float32
+    inputs_type: type[GPTInputs]
+    value_type: type[GPTValue]
+    recompute: Recompute
+    checkpoint_function: Callable[..., Any]  # (function, *tensors): reentrant, restores every random stream
+
+
+def _to_wire(value: GPTInputs | GPTValue) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    assert value.cache is None, "a cache of keys and values does not travel between stages"
+    return value[0] if value.segments is None else (value[0], value.segments)
+
+
+class PlanModule(nn.Module):
+    """A layer of a plan: subclasses map value to value in ``apply_to``; ``forward`` takes the wire form too.
+
+    Written to stand before another module class, megatron-core's TransformerLayer for one, in the list of
+    bases.
+    """
+
+    takes: type[GPTInputs] | type[GPTValue] = GPTValue
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_state_dict_post_hook(drop_empty_extra_state)
+
+    def apply_to(self, value: Any) -> Any:
+        raise NotImplementedError
+
+    def forward(self, value: Any) -> Any:
+        if isinstance(value, self.takes):
+            return self.apply_to(value)
+        output = self.apply_to(self.takes.from_wire(value))
+        return output.to_wire() if isinstance(output, GPTValue) else output
+
+
+def drop_empty_extra_state(
+    module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any
+) -> None:
+    """megatron-core's linears put ``_extra_state: None`` beside each weight; DeepSpeed's checkpoints clone
+    every entry.
+    """
+    for name in [name for name in state if name.startswith(prefix) and name.endswith("_extra_state")]:
+        if state[name] is None:
+            del state[name]

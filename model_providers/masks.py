@@ -1,0 +1,49 @@
+"""Who may see whom: packed documents, and windows; megatron-core's convention, True = hidden."""
+
+import torch
+
+
+def positions(tokens: torch.Tensor, segments: torch.Tensor | None, start: int = 0) -> torch.Tensor:
+    """Each token's place in its own document: int64 [1 s] without segments, [b s] with."""
+    place = torch.arange(start, start + tokens.size(1), device=tokens.device)[None]  # [1 s]
+    if segments is None:
+        return place
+    begins = torch.ones_like(segments, dtype=torch.bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return place - torch.where(begins, place, 0).cummax(dim=1).values
+
+
+class MaskMaker:
+    """The mask of the segments at hand, made once and shared by all layers of a rank."""
+
+    def __init__(self) -> None:
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def hidden(self, segments: torch.Tensor | None) -> torch.Tensor | None:
+        """[b s] -> bool [b 1 s s]: pairs of tokens in different documents"""
+        if segments is None:
+            return None
+        if self._last is None or self._last[0] is not segments:
+            self._last = (segments, segments[:, None, :, None] != segments[:, None, None, :])
+        return self._last[1]
+
+
+def visible(
+    sq: int, sk: int, window: int | None, hidden: torch.Tensor | None, device: torch.device
+) -> torch.Tensor | None:
+    """The mask that SDPA takes, True = seen: [sq sk] or [b 1 sq sk]; None where plain causal attention, or
+    one query, will do.
+
+    The queries are the last ``sq`` of the ``sk`` positions.
+    """
+    if window is not None and window >= sk:
+        window = None
+    if hidden is None and window is None and (sq == sk or sq == 1):
+        return None
+    distance = (
+        torch.arange(sk - sq, sk, device=device)[:, None] - torch.arange(sk, device=device)[None]
+    )  # [sq sk]
+    seen = distance >= 0
+    if window is not None:
+        seen &= distance < window
+    return seen if hidden is None else seen & ~hidden

@@ -1,0 +1,241 @@
+"""The one table of what is replaced in megatron-core, and nothing else in this code assigns into another's
+module.
+
+Two kinds of row.  ``cpu``: a function that allocates on ``torch.cuda.current_device()`` gets one that
+allocates beside its input; on CUDA these rows are left alone.  ``everywhere``: a mend of an upstream fault
+that silently gives wrong numbers. Each row carries the SHA-256 of the source that it was written against:
+another megatron-core stops here with one line. Subclassing cannot do this: megatron-core's linears and
+mappings name these functions directly.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import megatron.core
+import torch
+import torch.distributed as dist
+from megatron.core import utils as mcore_utils
+from megatron.core.tensor_parallel import layers, mappings
+from megatron.core.tensor_parallel import random as mcore_random
+
+from model_providers.errors import ModelError
+from model_providers.random_streams import CpuStreamTracker, use_cpu_tracker
+
+TRIED_VERSIONS = ("0.16.1",)
+
+
+class Replacement(NamedTuple):
+    owner: Any  # a module or a class of megatron-core
+    name: str
+    new: Callable[..., Any]
+    source_sha256: str
+    where: Literal["cpu", "everywhere"]
+    why: str
+
+    @property
+    def target(self) -> str:
+        return f"{getattr(self.owner, '__qualname__', self.owner.__name__)}.{self.name}".removeprefix(
+            "megatron.core."
+        )
+
+
+# ---- random state
+# --------------------------------------------------------------------------------------------------
+
+
+def get_rng_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def set_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+    torch.set_rng_state(new_state)
+
+
+def checkpoint_without_output_init(self: Any, fp8: Any = False) -> None:
+    """Upstream writes ``fp8 is not None`` with a default of False, and then calls Transformer Engine,
+    installed or not.
+    """
+    self.fp8 = bool(fp8)
+    self.run_function = self.fwd_cpu_rng_state = self.fwd_cuda_rng_state = None
+    self.fwd_cuda_rng_state_tracker = self.ctx = self.outputs = None
+
+
+# ---- memory and collectives: allocate beside the input
+# ---------------------------------------------------------------
+
+
+def buffer_get_tensor(
+    self: Any, tensor_shape: Any, dtype: torch.dtype, name: str, mem_alloc_context: Any = None
+) -> torch.Tensor:
+    return torch.empty(*tensor_shape, dtype=dtype)  # the CPU's allocator keeps freed blocks itself
+
+
+def reduce(input_: torch.Tensor, group: Any) -> torch.Tensor:
+    """Upstream reduces ``input_.contiguous()`` and returns ``input_``: for a strided input the sum is lost.
+
+    The group is None in a single process that never initialised torch.distributed.
+    """
+    if group is None or group.size() == 1:
+        return input_
+    total = input_.contiguous()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def gather_along_last_dim(input_: torch.Tensor, group: Any) -> torch.Tensor:
+    """[... n/tp] -> [... n]"""
+    if group.size() == 1:
+        return input_
+    parts = [torch.empty_like(input_, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    dist.all_gather(parts, input_.contiguous(), group=group)
+    return torch.cat(parts, dim=-1)
+
+
+def gather_along_first_dim(
+    input_: torch.Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False
+) -> torch.Tensor:
+    """[s/tp ...] -> [s ...]"""
+    assert output_split_sizes is None, "uneven gathers come with the experts"
+    if group.size() == 1:
+        return input_
+    output = input_.new_empty([input_.size(0) * group.size(), *input_.shape[1:]])
+    dist.all_gather_into_tensor(output, input_.contiguous(), group=group)
+    return output
+
+
+def reduce_scatter_along_first_dim(
+    input_: torch.Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False
+) -> torch.Tensor:
+    """[s ...] -> [s/tp ...], summed over the group"""
+    assert input_split_sizes is None, "uneven scatters come with the experts"
+    if group.size() == 1:
+        return input_
+    assert input_.size(0) % group.size() == 0, (input_.shape, group.size())
+    output = input_.new_empty([input_.size(0) // group.size(), *input_.shape[1:]])
+    dist.reduce_scatter_tensor(output, input_.contiguous(), group=group)
+    return output
+
+
+STOCK_LINEAR_BACKWARD = layers.LinearWithGradAccumulationAndAsyncCommunication.backward
+
+
+def linear_backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Upstream's, but for sequence parallelism, where it allocates on CUDA.
+
+    grad_output [s b n/tp], saved input [s/tp b h], weight [n/tp h]
+    """
+    if not ctx.sequence_parallel:
+        return STOCK_LINEAR_BACKWARD(ctx, grad_output)
+    shard, weight = ctx.saved_tensors
+    grad_shard = reduce_scatter_along_first_dim(grad_output.matmul(weight), ctx.tp_group)  # [s/tp b h]
+    whole = gather_along_first_dim(shard, ctx.tp_group)  # [s b h]
+    grad_rows, rows = grad_output.reshape(-1, weight.size(0)), whole.reshape(-1, weight.size(1))
+    grad_bias = grad_rows.sum(dim=0) if ctx.use_bias else None
+    return (grad_shard, grad_rows.t().matmul(rows), grad_bias, *([None] * 6))
+
+
+TABLE: tuple[Replacement, ...] = (
+    Replacement(
+        mcore_random,
+        "_get_cuda_rng_state",
+        get_rng_state,
+        "aa26caaa069c5c4feff0f9f4e69f0f2ab6d6fc7940f71c3a6d0fe9303447d3dc",
+        "cpu",
+        "every recompute saves the device's random state",
+    ),
+    Replacement(
+        mcore_random,
+        "_set_cuda_rng_state",
+        set_rng_state,
+        "b179c9d95438b61c1d9b58e8e13cc6534f2ae2f870d991c42438de53829ed398",
+        "cpu",
+        "without CUDA it queues a closure for ever at each recompute",
+    ),
+    Replacement(
+        mcore_random.CheckpointWithoutOutput,
+        "__init__",
+        checkpoint_without_output_init,
+        "72036565b77136f2579f36e1f34fcc29706746f7515fa9711bf73eb78b1c5f07",
+        "everywhere",
+        "selective recompute of norms needs Transformer Engine's FP8 without having it",
+    ),
+    Replacement(
+        mcore_utils.GlobalMemoryBuffer,
+        "get_tensor",
+        buffer_get_tensor,
+        "2b843a83eb762098e280232a8a6ad2a826f66ffbddd35a3ea5447b9035310b1d",
+        "cpu",
+        "the gathered input of a sequence-parallel linear",
+    ),
+    Replacement(
+        mappings,
+        "_reduce",
+        reduce,
+        "d8dac1bff328972c803fdc988c8ecc13a796598a15a251ee93448133ec72e1ac",
+        "everywhere",
+        "the sum over the tensor group of a strided tensor was lost",
+    ),
+    Replacement(
+        mappings,
+        "_gather_along_last_dim",
+        gather_along_last_dim,
+        "78507d5543935a72907e72b34fdb3eec3900eb0837609d620c66a6968c87ef6b",
+        "cpu",
+        "fewer key-value heads than tensor ranks",
+    ),
+    Replacement(
+        mappings,
+        "_gather_along_first_dim",
+        gather_along_first_dim,
+        "44633fe36d60a51f5e5b3d4c6e65037ef8cb66ae1edd80046f209f3339b12e46",
+        "cpu",
+        "sequence parallelism",
+    ),
+    Replacement(
+        mappings,
+        "_reduce_scatter_along_first_dim",
+        reduce_scatter_along_first_dim,
+        "7322068fab71d319dd9d5f3a55a84f790e935cc9fc0130f8f8fb5bee443a78fa",
+        "cpu",
+        "sequence parallelism",
+    ),
+    Replacement(
+        layers.LinearWithGradAccumulationAndAsyncCommunication,
+        "backward",
+        linear_backward,
+        "b50b2ea4a1c9027040516475a8b40a0bd86ddf9e17fcb5c2c56feb3156c3ae3e",
+        "cpu",
+        "the input gradient of a sequence-parallel linear",
+    ),
+)
+
+
+def install(device: str, table: tuple[Replacement, ...] = TABLE) -> None:
+    """Put the rows for ``device`` ("cpu" or "cuda") in place; calling again changes nothing."""
+    for row in table:
+        if row.where == "everywhere" or device == "cpu":
+            _replace(row)
+    if device == "cpu" and not isinstance(mcore_random._CUDA_RNG_STATE_TRACKER, CpuStreamTracker):
+        use_cpu_tracker()
+
+
+def _replace(row: Replacement) -> None:
+    current = getattr(row.owner, row.name, None)
+    if current is row.new:
+        return
+    if current is None or source_sha256(current) != row.source_sha256:
+        raise ModelError(
+            f"megatron-core=={megatron.core.__version__}: {row.target} is not the function that is replaced "
+            f"here; tried with {', '.join(TRIED_VERSIONS)}: install one of these"
+        )
+    setattr(row.owner, row.name, staticmethod(row.new) if _is_autograd_function(row.owner) else row.new)
+
+
+def source_sha256(function: Callable[..., Any]) -> str:
+    return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()
+
+
+def _is_autograd_function(owner: Any) -> bool:
+    return inspect.isclass(owner) and issubclass(owner, torch.autograd.Function)

@@ -1,0 +1,159 @@
+"""The torch implementation of attention, norms and gated activations, on CPU and CUDA alike, in
+megatron-core's seams.
+
+Everything is laid out [s b n d], sequence outermost, as megatron-core has it; SDPA takes permuted views
+without a copy.
+"""
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from torch import nn
+
+from model_providers.masks import visible
+from model_providers.rotary import rotate
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm, as the config says; its parameters carry the sequence-parallel mark."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps, self.shape = eps, (hidden_size,)
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        bias = (
+            torch.zeros(hidden_size, dtype=config.params_dtype)
+            if config.normalization == "LayerNorm"
+            else None
+        )
+        self.bias = None if bias is None else nn.Parameter(bias)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [... h] -> [... h]
+        if self.bias is None:
+            return F.rms_norm(x, self.shape, self.weight, self.eps)
+        return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+
+
+class GatedActivation(nn.Module):
+    """[s b 2f] -> [s b f]: the first half, activated, times the second."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.activation = config.activation_func
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return self.activation(gate) * up
+
+
+class CoreAttention(MegatronModule):
+    """Scaled dot-product attention between the projections: [s b n d] x 3 -> [s b n*d]"""
+
+    def __init__(
+        self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, **unused: Any
+    ):
+        super().__init__(config=config)
+
+    def forward(
+        self,
+        query: torch.Tensor,  # [sq b n d]
+        key: torch.Tensor,  # [sk b g d]
+        value: torch.Tensor,  # [sk b g d]
+        attention_mask: torch.Tensor | None = None,  # bool [b 1 sq sk], True = hidden
+        **unused: Any,
+    ) -> torch.Tensor:
+        return attend(query, key, value, attention_mask, self.config, training=self.training)
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    hidden: torch.Tensor | None,
+    config: Any,
+    *,
+    training: bool,
+) -> torch.Tensor:
+    """Causal attention by torch's SDPA: [sq b n d], [sk b g d] x 2 -> [sq b n*d]"""
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b n s d]
+    window = config.window_size[0] + 1 if config.window_size else None
+    seen = visible(q.size(2), k.size(2), window, hidden, q.device)
+    dropout = config.attention_dropout if training else 0.0
+    # Heads differ between tensor ranks, so each draws from its own stream; under sequence parallelism the
+    # block is in it already.
+    streams = (
+        tensor_parallel.get_cuda_rng_tracker().fork
+        if dropout and not config.sequence_parallel
+        else nullcontext
+    )
+    with streams():
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=seen,
+            dropout_p=dropout,
+            is_causal=seen is None and q.size(2) > 1,
+            scale=1.0 / math.sqrt(q.size(3)),
+            enable_gqa=q.size(1) != k.size(1),
+        )
+    return out.permute(2, 0, 1, 3).flatten(2)  # [b n s d] -> [s b n*d]
+
+
+class LeanSelfAttention(SelfAttention):
+    """megatron-core's self-attention with a shorter way from the projection to the core: rotation in fused
+    passes from a table made once, and keys cached after rotation.  Parameters and their names are the
+    parent's.
+
+    ``rotary_pos_emb`` is the pair of cosines and sines for the positions at hand.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: torch.Tensor,  # [s b h]
+        attention_mask: torch.Tensor | None = None,
+        *,
+        inference_context: Any = None,
+        rotary_pos_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **unused: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query, key, value = self.get_query_key_value_tensors(hidden_states)  # [s b n/tp d], [s b g/tp d] x 2
+        if rotary_pos_emb is not None:
+            query, key = rotate(query, *rotary_pos_emb), rotate(key, *rotary_pos_emb)
+        if inference_context is not None:
+            key, value = self._extend_cache(inference_context, key, value)
+        mask_type = self._mask_type(query.size(0), key.size(0))
+        attend = self.core_attention
+        if self.checkpoint_core_attention and self.training:
+            attend = self._checkpointed_attention_forward
+        core = attend(query, key, value, attention_mask, attn_mask_type=mask_type)
+        return self.linear_proj(core)  # [s b n/tp*d] -> [s b h]
+
+    def _extend_cache(
+        self, cache: Any, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append to megatron-core's static context and return all keys and values so far: [sk b g d] x 2"""
+        memory = cache.key_value_memory_dict
+        if self.layer_number not in memory:
+            shape = (cache.max_sequence_length, *key.shape[1:])
+            memory[self.layer_number] = (key.new_empty(shape), value.new_empty(shape))
+        keys, values = memory[self.layer_number]
+        start = cache.sequence_len_offset
+        end = start + key.size(0)
+        keys[start:end], values[start:end] = key, value
+        return keys[:end], values[:end]
+
+    def _mask_type(self, sq: int, sk: int) -> AttnMaskType:
+        """Only Transformer Engine asks; ours looks at the two lengths itself."""
+        if sq == sk:
+            return self.attn_mask_type
+        return AttnMaskType.no_mask if sq == 1 else AttnMaskType.causal_bottom_right

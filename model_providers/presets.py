@@ -1,0 +1,160 @@
+"""Known models by name, each size with the table it comes from.
+
+A run file names a preset and states what differs.  Published parameter counts are checked in the tests.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from model_providers.config import ModelConfig
+from model_providers.errors import ModelError
+
+
+def _gpt2(num_layers: int, hidden_size: int, num_attention_heads: int, **facts: Any) -> ModelConfig:
+    """The shape that GPT-2, GPT-3 and Megatron's GPT share: LayerNorm, learned positions, tanh GELU, biases,
+    tied.
+    """
+    facts = {
+        "vocab_size": 50257,
+        "max_sequence_length": 1024,
+        "hidden_dropout": 0.1,
+        "attention_dropout": 0.1,
+    } | facts
+    return ModelConfig(
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        num_attention_heads=num_attention_heads,
+        position_embedding="learned",
+        normalization="layernorm",
+        activation="gelu_tanh",
+        linear_bias=True,
+        tie_embeddings=True,
+        **facts,
+    )
+
+
+def _gpt3(num_layers: int, hidden_size: int, num_attention_heads: int) -> ModelConfig:
+    """Brown et al. 2020 (arXiv:2005.14165).  Their alternating sparse attention (section 2.1) is left out;
+    the paper names no dropout.
+    """
+    facts = {"max_sequence_length": 2048, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+    return _gpt2(num_layers, hidden_size, num_attention_heads, **facts)
+
+
+def _megatron(num_layers: int, hidden_size: int, num_attention_heads: int) -> ModelConfig:
+    """Narayanan et al. 2021 (arXiv:2104.04473), Table 1: vocabulary 51,200, sequences of 2048."""
+    facts = {"vocab_size": 51200, "max_sequence_length": 2048}
+    return _gpt2(num_layers, hidden_size, num_attention_heads, **facts)
+
+
+def _llama(num_layers: int, hidden_size: int, num_attention_heads: int, **facts: Any) -> ModelConfig:
+    """RMSNorm, rotary, SwiGLU, no biases, untied (Touvron et al. 2023)."""
+    return ModelConfig(
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        num_attention_heads=num_attention_heads,
+        tie_embeddings=False,
+        **facts,
+    )
+
+
+def _llama3(num_layers: int, hidden_size: int, num_attention_heads: int, ffn_hidden_size: int) -> ModelConfig:
+    """Grattafiori et al. 2024 (arXiv:2407.21783), Table 3; sequences of 8192 before its last stage."""
+    return _llama(
+        num_layers,
+        hidden_size,
+        num_attention_heads,
+        num_kv_heads=8,
+        ffn_hidden_size=ffn_hidden_size,
+        vocab_size=128256,
+        max_sequence_length=8192,
+        rotary_base=500000.0,
+    )
+
+
+PRESETS: Mapping[str, ModelConfig] = {
+    # Ours: small enough for a test, and for minutes on two cores.
+    "tiny": ModelConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        ffn_hidden_size=64,
+        vocab_size=128,
+        max_sequence_length=64,
+    ),
+    "demo": ModelConfig(
+        num_layers=6,
+        hidden_size=256,
+        num_attention_heads=8,
+        num_kv_heads=4,
+        vocab_size=4096,
+        max_sequence_length=512,
+    ),
+    # Radford et al. 2019, Table 2; heads and dropout from the configs released on Hugging Face (gpt2,
+    # -medium, -large, -xl).
+    "gpt2-124m": _gpt2(12, 768, 12),
+    "gpt2-355m": _gpt2(24, 1024, 16),
+    "gpt2-774m": _gpt2(36, 1280, 20),
+    "gpt2-1.5b": _gpt2(48, 1600, 25),
+    # Brown et al. 2020, Table 2.1.
+    "gpt3-125m": _gpt3(12, 768, 12),
+    "gpt3-350m": _gpt3(24, 1024, 16),
+    "gpt3-760m": _gpt3(24, 1536, 16),
+    "gpt3-1.3b": _gpt3(
+        24, 2048, 16
+    ),  # the table prints 24 heads of 128, which is not 2048 wide; 16 gives its 1.3B
+    "gpt3-2.7b": _gpt3(32, 2560, 32),
+    "gpt3-6.7b": _gpt3(32, 4096, 32),
+    "gpt3-13b": _gpt3(40, 5120, 40),  # the table prints 5140, which 40 heads of 128 do not fill
+    "gpt3-175b": _gpt3(96, 12288, 96),
+    # Narayanan et al. 2021, Table 1.
+    "megatron-1.7b": _megatron(24, 2304, 24),
+    "megatron-3.6b": _megatron(30, 3072, 32),
+    "megatron-7.5b": _megatron(36, 4096, 32),
+    "megatron-18b": _megatron(40, 6144, 48),
+    "megatron-39b": _megatron(48, 8192, 64),
+    "megatron-76b": _megatron(60, 10240, 80),
+    "megatron-145b": _megatron(80, 12288, 96),
+    "megatron-310b": _megatron(96, 16384, 128),
+    "megatron-530b": _megatron(105, 20480, 128),
+    "megatron-1t": _megatron(128, 25600, 160),
+    # Touvron et al. 2023 (arXiv:2307.09288), and the released config of Llama-2-7b.
+    "llama2-7b": _llama(32, 4096, 32, ffn_hidden_size=11008, vocab_size=32000, max_sequence_length=4096),
+    "llama3-8b": _llama3(32, 4096, 32, 14336),
+    "llama3-70b": _llama3(80, 8192, 64, 28672),
+    "llama3-405b": _llama3(126, 16384, 128, 53248),
+}
+
+
+def get_preset(name: str) -> ModelConfig:
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ModelError(f"preset={name}: unknown; {hint}known: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def model_from(facts: Mapping[str, Any], *, preset: str | None = None) -> ModelConfig:
+    """The preset with ``facts`` on top (or ``facts`` alone), checked; all faults come in one ModelError."""
+    base = {} if preset is None else get_preset(preset).model_dump()
+    try:
+        return ModelConfig.model_validate(base | dict(facts))
+    except ValidationError as error:
+        raise ModelError("; ".join(_sentence(fault) for fault in error.errors())) from error
+
+
+def _sentence(fault: Any) -> str:
+    key = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, ModelConfig.model_fields, n=1)
+        return f"{key}={fault['input']}: unknown key" + (
+            f"; did you mean {near[0]}?" if near else "; remove it"
+        )
+    if fault["type"] == "missing":
+        return f"{key}: missing; give it, or name a preset"
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{key}={fault['input']}: {message}" if key else message

@@ -1,0 +1,83 @@
+"""Where dropout draws from, on CPU and CUDA alike.
+
+Two streams, as in megatron-core: the default generator, equal on the ranks of a tensor group (they hold the
+same activations), and the tracker's model-parallel stream, different on each (they hold different heads or
+sequence shards). The trainer calls ``seed_streams`` at every step with that step's number, so a restart needs
+no saved RNG state.
+
+On the CPU the default generator is torch's own: shuffling and sampling must use a Generator of their own.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from megatron.core.tensor_parallel import random as mcore_random
+
+MODEL_PARALLEL_STREAM = mcore_random._MODEL_PARALLEL_RNG_TRACKER_NAME
+DATA_PARALLEL_STREAM = mcore_random._DATA_PARALLEL_RNG_TRACKER_NAME
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A seed of 63 bits from a sequence of numbers and names; neighbours are unrelated."""
+    digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+class CpuStreamTracker(mcore_random.CudaRNGStatesTracker):
+    """megatron-core's tracker over torch's CPU generator.
+
+    Its ``add`` and ``fork`` speak to torch.cuda directly, and its fork warns when the CPU state moves, which
+    here is the point.
+    """
+
+    states_: dict[str, torch.Tensor]
+    _current_state_name: str
+
+    def add(self, name: str, seed: int) -> None:
+        assert name not in self.states_, f"stream {name} exists"
+        self._is_initialized = True
+        self.seeds_.add(seed)
+        self.states_[name] = torch.Generator().manual_seed(seed).get_state()
+
+    @contextlib.contextmanager
+    def fork(self, name: str = MODEL_PARALLEL_STREAM) -> Iterator[None]:
+        assert name in self.states_, f"stream {name} is not seeded: call seed_streams first"
+        outer_name, outer_state = self._current_state_name, torch.get_rng_state()
+        if outer_name in self.states_:
+            self.states_[outer_name] = outer_state
+        torch.set_rng_state(self.states_[name])
+        self._current_state_name = name
+        try:
+            yield
+        finally:
+            self.states_[name] = torch.get_rng_state()
+            # A fork of the same stream inside itself must not be wound back.
+            torch.set_rng_state(self.states_.get(outer_name, outer_state))
+            self._current_state_name = outer_name
+
+
+def seed_streams(
+    seed: int, *, step: int = 0, tp_rank: int = 0, pp_rank: int = 0, dp_rank: int = 0, device: str = "cpu"
+) -> None:
+    """Start both streams afresh from ``seed``, ``step`` and the rank's coordinates."""
+    if device == "cpu" and not isinstance(mcore_random._CUDA_RNG_STATE_TRACKER, CpuStreamTracker):
+        use_cpu_tracker()
+    tracker = mcore_random.get_cuda_rng_tracker()
+    tracker.reset()
+    shared = derive_seed("default", seed, step, pp_rank, dp_rank)
+    if device == "cpu":
+        torch.default_generator.manual_seed(
+            shared
+        )  # torch.manual_seed would queue a seed for a CUDA that never comes
+    else:
+        torch.manual_seed(shared)
+    tracker.add(DATA_PARALLEL_STREAM, shared)
+    tracker.add(MODEL_PARALLEL_STREAM, derive_seed("model-parallel", seed, step, pp_rank, dp_rank, tp_rank))
+
+
+def use_cpu_tracker() -> None:
+    """Put our tracker where megatron-core's modules look for theirs."""
+    mcore_random._CUDA_RNG_STATE_TRACKER = CpuStreamTracker()
+    mcore_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
