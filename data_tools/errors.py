@@ -2,4 +2,4 @@
 
 
 class DataError(ValueError):
-    """What is wrong (``key=value``), the limit, and the way out, in one line; commands print it without a traceback."""
+    """What is wrong (``key=value``), the limit, and the way out, in one line; printed without a traceback."""
