@@ -22,13 +22,23 @@ class Command:
 
 
 COMMANDS = {
-    "prepare": Command("data_tools.prepare", "text, JSON lines, parquet or a dataset -> a tokenised corpus (.bin/.idx)"),
-    "tokenizer": Command("data_tools.tokenizer_training", "train a byte-level BPE tokenizer on a corpus of text"),
+    "prepare": Command(
+        "data_tools.prepare", "text, JSON lines, parquet or a dataset -> a tokenised corpus (.bin/.idx)"
+    ),
+    "tokenizer": Command(
+        "data_tools.tokenizer_training", "train a byte-level BPE tokenizer on a corpus of text"
+    ),
     "data": Command("data_tools.inspect", "inspect, merge or verify tokenised corpora"),
-    "run": Command("launch.run", "check a run file, then train it through the deepspeed launcher on this machine"),
-    "parity": Command("launch.parity", "train a run file's model in its layout and in one process, and compare"),
+    "run": Command(
+        "launch.run", "check a run file, then train it through the deepspeed launcher on this machine"
+    ),
+    "parity": Command(
+        "launch.parity", "train a run file's model in its layout and in one process, and compare"
+    ),
     "generate": Command("pretrain.generate", "continue a prompt from a checkpoint"),
-    "config": Command("pretrain.show_config", "print a run's resolved configuration and where each value comes from"),
+    "config": Command(
+        "pretrain.show_config", "print a run's resolved configuration and where each value comes from"
+    ),
     "plot": Command("pretrain.plot", "draw a run's loss curve, or a learning-rate schedule, to a PNG"),
 }
 

@@ -59,7 +59,9 @@ class RankPool:
         context = multiprocessing.get_context("spawn")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_worker, args=(theirs, os.getpid()), name=f"rank{rank}", daemon=True)
+            process = context.Process(
+                target=_worker, args=(theirs, os.getpid()), name=f"rank{rank}", daemon=True
+            )
             process.start()
             theirs.close()
             self.workers.append((process, ours))
@@ -128,8 +130,12 @@ CPU_ONLY_ENVIRONMENT = {
 def _join_world(rank: int, world_size: int, store: str) -> None:
     import torch
 
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size)
+    )
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size
+    )
 
 
 class _Baseline:
@@ -140,12 +146,14 @@ class _Baseline:
         import deepspeed.utils.groups
         import megatron.core.parallel_state
         import megatron.core.tensor_parallel.random
+        from deepspeed.runtime.zero.partition_parameters import Init
 
         modules = (
             deepspeed.comm.comm,
             deepspeed.utils.groups,
             megatron.core.parallel_state,
             megatron.core.tensor_parallel.random,
+            Init,  # counts parameters in the class: ranks of different tasks would disagree
         )
         self.saved = {module: _plain_globals(module) for module in modules}
 
@@ -163,5 +171,8 @@ def _plain_globals(module: Any) -> dict[str, Any]:
     return {
         name: type(value)(value) if isinstance(value, dict | list | set) else value
         for name, value in vars(module).items()
-        if not name.startswith("__") and not callable(value) and not hasattr(value, "__spec__")
+        if not name.startswith("__")
+        and not callable(value)
+        and not hasattr(value, "__spec__")
+        and not isinstance(value, staticmethod | classmethod | property)
     }

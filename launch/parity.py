@@ -1,0 +1,78 @@
+"""`megaloom parity RUN.yaml --ranks N`: train in the run's layout and in one process, and compare.
+
+The same samples, seeds and global batch; the reference is one process without ZeRO or offload.  Use it on a
+shrunken model (model.num_layers=2 model.hidden_size=...) to check a layout before it costs GPU hours.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from launch.devices import num_gpus
+from launch.env import rank_environment
+from launch.local import run_ranks
+from launch.run import checked, positive
+
+ONE_PROCESS = ("layout.tp=1", "layout.pp=1", "layout.sequence_parallel=false", "layout.partition=cost")
+
+
+def main(argv: list[str]) -> None:
+    """Exit code 0 when losses and norms agree, 1 when they differ."""
+    words = parser().parse_intermixed_args(argv)
+    num_ranks = words.ranks or max(1, num_gpus())
+    run = checked(words.run, words.words, num_ranks=num_ranks, deepspeed_config=words.deepspeed_config)
+    reference = [
+        *words.words,
+        *ONE_PROCESS,
+        "batch.accumulation_steps=null",
+        f"batch.global_size={run.global_size}",
+    ]
+    reference_json = "zero0.json" if run.config.precision.dtype == "fp32" else "zero1.json"
+    checked(words.run, reference, num_ranks=1, deepspeed_config=reference_json)
+    with tempfile.TemporaryDirectory(prefix="megaloom-parity-") as folder:
+        one, many = Path(folder) / "one.safetensors", Path(folder) / "many.safetensors"
+        own_json = ["--deepspeed_config", words.deepspeed_config] if words.deepspeed_config else []
+        print(f"{words.steps} steps in one process", flush=True)
+        _record(words, one, [*reference, "--deepspeed_config", reference_json], num_ranks=1)
+        print(f"{words.steps} steps on {num_ranks} ranks", flush=True)
+        _record(words, many, [*words.words, *own_json], num_ranks=num_ranks)
+        sys.exit(_compare(many, one, words.tolerance))
+
+
+def parser() -> argparse.ArgumentParser:
+    own = argparse.ArgumentParser(prog="megaloom parity", description=__doc__, allow_abbrev=False)
+    own.add_argument("run", help="run file (YAML)")
+    own.add_argument("words", nargs="*", metavar="key=value", help="overrides for both sides")
+    own.add_argument("--ranks", type=positive, help="processes of the run's layout (default: one per GPU)")
+    own.add_argument("--steps", type=positive, default=20)
+    own.add_argument(
+        "--tolerance", type=float, default=1e-5, help="relative, on losses and gradient norms (fp32: 1e-5)"
+    )
+    own.add_argument("--deepspeed_config", metavar="FILE", help="DeepSpeed JSON of the run's layout")
+    return own
+
+
+def _record(words: argparse.Namespace, out: Path, arguments: list[str], *, num_ranks: int) -> None:
+    code = run_ranks(
+        "pretrain.parity",
+        ["record", words.run, str(out), "--steps", str(words.steps), *arguments],
+        num_ranks=num_ranks,
+    )
+    if code != 0:
+        sys.exit(code)
+
+
+def _compare(trace: Path, reference: Path, tolerance: float) -> int:
+    command = [
+        sys.executable,
+        "-m",
+        "pretrain.parity",
+        "compare",
+        str(trace),
+        str(reference),
+        "--tolerance",
+        str(tolerance),
+    ]
+    return subprocess.run(command, env=rank_environment(1), check=False).returncode

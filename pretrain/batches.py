@@ -1,0 +1,112 @@
+"""From the loader's arrays to what the engines take, with weights that make every layout compute the same mean.
+
+A loss is a weighted sum over tokens.  Engines average such sums over micro-batches and data-parallel ranks, so
+the weights of a whole step are made to add up to (micro-batches x ranks): the result is then the mean over all
+counted tokens of the global batch, even where masks leave some micro-batches with fewer tokens than others.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+
+from data_tools.loader import GPTBatch, SampleLoader, SampleSource, StepShape
+from data_tools.ranks import Ranks
+from data_tools.training_data import TrainingData, open_data
+from model_providers.layer_plan import GPTInputs
+from pretrain.config_io import Run
+from pretrain.engine.base import MicroBatch
+from pretrain.engine.groups import Groups
+
+StepBatches = Sequence[MicroBatch | None]  # None on pipeline stages that hold neither inputs nor the loss
+
+
+def open_run_data(run: Run, groups: Groups) -> TrainingData:
+    """All data of a run; every rank calls it, one of them builds the indices."""
+    ranks = Ranks(
+        is_global_first=groups.is_first,
+        is_first_on_node=os.environ.get("LOCAL_RANK", "0") == "0",
+        all_true=lambda flag: not groups.any_rank(not flag),
+    )
+    return open_data(run.config.data, num_train_samples=run.config.train.steps * run.global_size, ranks=ranks)
+
+
+class Feed:
+    """A run's training steps, on the device; its whole state is ``consumed_samples``."""
+
+    def __init__(self, source: SampleSource, run: Run, groups: Groups, *, consumed_samples: int):
+        self.consumed_samples = consumed_samples
+        self._groups, self._num_micro_batches = groups, run.num_micro_batches
+        self._samples_per_step = run.global_size
+        self._loader: SampleLoader | None = None
+        if holds_data(groups):
+            shape = step_shape(groups, micro_size=run.micro_size, num_micro_batches=run.num_micro_batches)
+            self._loader = source.loader(shape, consumed_samples=consumed_samples)
+
+    def next_step(self) -> StepBatches:
+        """This rank's micro-batches of the next step."""
+        self.consumed_samples += self._samples_per_step
+        if self._loader is None:
+            return [None] * self._num_micro_batches
+        return to_device(next(self._loader), self._groups)
+
+    def close(self) -> None:
+        """End the reading thread."""
+        if self._loader is not None:
+            self._loader.close()
+
+
+def evaluation_steps(
+    source: SampleSource, groups: Groups, *, micro_size: int, num_samples: int
+) -> Iterator[tuple[StepBatches, float]]:
+    """The first ``num_samples`` samples of a set, one micro-batch per rank and step, with each step's share of them.
+
+    The same samples whatever the layout: where they do not fill the last step, fillers of no weight do.
+    """
+    shape = step_shape(groups, micro_size=micro_size, num_micro_batches=1)
+    there = min(num_samples, source.dataset.num_distinct_samples())
+    loader = source.evaluation(shape, num_samples=num_samples) if holds_data(groups) else None
+    for first in range(0, there, shape.samples_per_step):
+        batches = [None] if loader is None else to_device(next(loader), groups)
+        yield batches, min(shape.samples_per_step, there - first) / there
+    if loader is not None:
+        loader.close()
+
+
+def step_shape(groups: Groups, *, micro_size: int, num_micro_batches: int) -> StepShape:
+    return StepShape(micro_size, num_micro_batches, groups.place.dp, groups.layout.dp)
+
+
+def holds_data(groups: Groups) -> bool:
+    """Whether this rank's pipeline stage reads tokens or labels."""
+    return groups.holds_inputs or groups.holds_loss
+
+
+def to_device(batches: Sequence[GPTBatch], groups: Groups) -> list[MicroBatch]:
+    """A step's micro-batches; collective over the data-parallel group where losses are masked."""
+    weights = _token_weights(batches, groups)
+    return [
+        MicroBatch(
+            inputs=GPTInputs(_tensor(batch.tokens, groups), _tensor(batch.segments, groups)).to_wire(),
+            targets=(_tensor(batch.labels, groups), weight),
+        )
+        for batch, weight in zip(batches, weights, strict=True)
+    ]
+
+
+def _token_weights(batches: Sequence[GPTBatch], groups: Groups) -> list[torch.Tensor]:
+    """[b s] per micro-batch, adding up to (micro-batches x data-parallel ranks) over the step."""
+    if all(batch.loss_mask is None for batch in batches):
+        shape = batches[0].labels.shape
+        even = torch.full((1, 1), 1.0 / batches[0].labels.size, device=groups.device)
+        return [even.expand(shape)] * len(batches)
+    masks = [_tensor(batch.loss_mask, groups).float() for batch in batches]
+    counted = torch.stack([mask.sum(dtype=torch.float64) for mask in masks]).sum()
+    dist.all_reduce(counted, group=groups.dp)
+    share = len(batches) * groups.layout.dp / max(1.0, counted.item())
+    return [mask * share for mask in masks]
+
+
+def _tensor(array, groups: Groups):  # type: ignore[no-untyped-def]
+    return None if array is None else torch.from_numpy(array).to(groups.device, non_blocking=True)

@@ -1,0 +1,158 @@
+"""Save a run and find it again: what every rank does, in which order.
+
+Saving: all ranks write into a partial folder, hash what was written, and the first rank completes it.  Loading:
+the newest checkpoint whose files all match its manifest; a damaged one is passed over with a line, so the run
+goes on from the last good state instead of failing.
+"""
+
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import deepspeed
+import torch.distributed as dist
+
+from pretrain.checkpoint import store
+from pretrain.checkpoint.state import RunState, check_fits
+from pretrain.checkpoint.store import CONFIG, ENGINE, STATE, TOKENIZER, WEIGHTS
+from pretrain.checkpoint.weights import file_name, write_layer
+from pretrain.config_io import Run, to_yaml
+from pretrain.engine.base import Engine
+from pretrain.engine.groups import Groups
+from pretrain.engine.layers import tied_names
+from pretrain.errors import RunError
+
+log = logging.getLogger(__name__)
+
+UNIVERSAL_INFO = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
+SPARE_SPACE = 1.1  # a checkpoint needs this times the bytes of the last one to be tried
+
+
+def save(run: Run, engine: Engine, state: RunState, tokenizer_folder: Path) -> Path | None:
+    """Write a checkpoint of this step; every rank calls it.  None if the disk has no room for it."""
+    groups, root = engine.groups, checkpoint_root(run)
+    final = root / store.folder_name(state.step)
+    if _told_by_first(groups, final.exists() if groups.is_first else None):
+        return final
+    if not _told_by_first(groups, _has_room(root) if groups.is_first else None):
+        return None
+    folder = root / (final.name + store.PARTIAL)
+    if groups.is_first:
+        store.partial_folder(root, state.step)
+    dist.barrier()
+    engine.save(folder / ENGINE, client_state=UNIVERSAL_INFO)
+    write_weights(folder / WEIGHTS, engine)
+    if groups.is_first:
+        (folder / STATE).write_text(state.to_json(), "utf-8")
+        (folder / CONFIG).write_text(to_yaml(run.config), "utf-8")
+        shutil.copytree(tokenizer_folder, folder / TOKENIZER)
+    dist.barrier()
+    records = _hash_together(folder, groups)
+    if groups.is_first:
+        store.complete(folder, records)
+        store.prune(root, run.config.checkpoint.keep_last)
+    dist.barrier()
+    return final
+
+
+def write_weights(folder: Path, engine: Engine) -> None:
+    """Every rank must call it (ZeRO-3 gathers); the first data-parallel rank of each tensor rank and stage writes."""
+    groups, skip = engine.groups, tied_names(engine.plan)
+    folder.mkdir(parents=True, exist_ok=True)
+    for layer in engine.layers:
+        name, parameters = layer.plan.name, dict(layer.module.named_parameters())
+        sharded = any(hasattr(parameter, "ds_id") for parameter in parameters.values())
+        with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=sharded):
+            if groups.place.dp == 0:
+                kept = {
+                    key: parameter for key, parameter in parameters.items() if f"{name}.{key}" not in skip
+                }
+                write_layer(folder / file_name(name, groups.place.tp), kept, tp=groups.layout.tp)
+
+
+def checkpoint_root(run: Run) -> Path:
+    return run.folder / "checkpoints"
+
+
+def find(run: Run, groups: Groups) -> Path | None:
+    """The checkpoint this run goes on from, whole and of the same layout; every rank gets the same answer."""
+    resume = run.config.checkpoint.resume
+    if resume == "never":
+        return None
+    candidates = store.checkpoints(checkpoint_root(run)) if resume == "auto" else [Path(resume)]
+    names: Sequence[str] = _told_by_first(
+        groups, [str(path) for path in candidates] if groups.is_first else None
+    )
+    for name in names:
+        folder = Path(name)
+        faults = _faults_together(folder, groups)
+        if not faults:
+            check_fits(RunState.read(folder / STATE), run, folder)
+            return folder
+        message = f"checkpoint {folder} is damaged: {faults[0]}" + (
+            f" (and {len(faults) - 1} more)" if faults[1:] else ""
+        )
+        if resume != "auto":
+            raise RunError(message)
+        if groups.is_first:
+            log.warning("%s; passed over", message)
+    return None
+
+
+def load(folder: Path, engine: Engine) -> RunState:
+    """Put the engine where the checkpoint left it; every rank calls it."""
+    engine.load(folder / ENGINE)
+    return RunState.read(folder / STATE)
+
+
+def ranks_share_a_disk(folder: Path, groups: Groups) -> bool:
+    """Whether all ranks see what the first rank writes into ``folder``."""
+    probe = folder / ".shared-disk"
+    if groups.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("seen by all ranks?\n", "utf-8")
+    dist.barrier()
+    blind = groups.any_rank(not probe.exists())
+    dist.barrier()
+    if groups.is_first:
+        probe.unlink()
+    return not blind
+
+
+def _hash_together(folder: Path, groups: Groups) -> list[store.FileRecord]:
+    """Each rank hashes its share of the files; the first rank gets all records."""
+    mine = [
+        store.record(folder, path) for path in store.files_of(folder)[groups.rank :: groups.layout.world_size]
+    ]
+    gathered: list[list[store.FileRecord] | None] | None = (
+        [None] * groups.layout.world_size if groups.is_first else None
+    )
+    dist.gather_object(mine, gathered)
+    return [item for share in gathered or [] for item in share or []]
+
+
+def _faults_together(folder: Path, groups: Groups) -> list[str]:
+    mine = list(store.faults(folder, share=groups.rank, shares=groups.layout.world_size))
+    gathered: list[list[str] | None] = [None] * groups.layout.world_size
+    dist.all_gather_object(gathered, mine)
+    return [fault for share in gathered for fault in share or []]
+
+
+def _has_room(root: Path) -> bool:
+    """Judged by the size of the last checkpoint; the first one is simply tried."""
+    earlier = store.checkpoints(root)
+    if not earlier:
+        return True
+    needed = SPARE_SPACE * sum(path.stat().st_size for path in store.files_of(earlier[0]))
+    free = shutil.disk_usage(root).free
+    if free < needed:
+        log.warning("no checkpoint: %.2f GB free under %s, %.2f GB needed", free / 1e9, root, needed / 1e9)
+    return free >= needed
+
+
+def _told_by_first(groups: Groups, value):  # type: ignore[no-untyped-def]
+    """Rank 0's value on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,128 @@
+"""Folders that are either whole or not there.
+
+A checkpoint is written under `step-000100.partial`, listed with sizes and hashes in its manifest, flushed to
+disk and only then renamed to `step-000100`; `latest` is rewritten last, by rename too.  A folder is deleted by the
+same road backwards.  So whatever moment a machine dies at, what carries a proper name is complete.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+# What stands in a checkpoint's folder: DeepSpeed's files, the weights, RunState, the run file, the tokenizer.
+ENGINE, WEIGHTS, STATE, CONFIG, TOKENIZER = "deepspeed", "weights", "state.json", "run.yaml", "tokenizer"
+MANIFEST = "manifest.json"
+LATEST = "latest"
+PARTIAL = ".partial"
+READ_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    path: str  # relative to the checkpoint's folder
+    bytes: int
+    xxh3: str
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:07d}"
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def partial_folder(root: Path, step: int) -> Path:
+    """Where a checkpoint is written before it is complete; left-overs of an earlier try are removed."""
+    folder = root / (folder_name(step) + PARTIAL)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def files_of(folder: Path) -> list[Path]:
+    """All files of a checkpoint in a fixed order, the manifest left out."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+
+
+def record(folder: Path, path: Path) -> FileRecord:
+    """Size and hash of one file, which is flushed to disk on the way."""
+    digest, size = xxhash.xxh3_64(), 0
+    with path.open("rb") as file:
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+            size += len(block)
+        os.fsync(file.fileno())
+    return FileRecord(str(path.relative_to(folder)), size, digest.hexdigest())
+
+
+def complete(folder: Path, records: list[FileRecord]) -> Path:
+    """Write the manifest, give the folder its proper name and point `latest` at it."""
+    listing = {"files": [vars(item) for item in sorted(records, key=lambda item: item.path)]}
+    write_whole(folder / MANIFEST, json.dumps(listing, indent=1) + "\n")
+    final = folder.with_name(folder.name.removesuffix(PARTIAL))
+    if final.exists():
+        remove(final)
+    folder.rename(final)
+    write_whole(final.parent / LATEST, final.name + "\n")
+    return final
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a small file so that a reader sees the old text or the new one, never half."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint; it loses its proper name first."""
+    doomed = folder.with_name(folder.name + ".deleted" + PARTIAL)
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def prune(root: Path, keep_last: int) -> None:
+    """Keep the newest ``keep_last`` checkpoints, and no left-overs of interrupted ones."""
+    for folder in checkpoints(root)[keep_last:]:
+        remove(folder)
+    for leftover in root.glob(f"*{PARTIAL}"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Complete checkpoints, the newest first."""
+    found = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def faults(folder: Path, *, share: int = 0, shares: int = 1) -> Iterator[str]:
+    """What is wrong with a checkpoint; of its files only every ``shares``-th is looked at, from ``share`` on."""
+    try:
+        listed = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        yield f"{folder}: no readable {MANIFEST}"
+        return
+    for item in listed[share::shares]:
+        path = folder / item["path"]
+        if not path.is_file():
+            yield f"{path}: missing"
+        elif (size := path.stat().st_size) != item["bytes"]:
+            yield f"{path}: {size} bytes instead of {item['bytes']}"
+        elif record(folder, path).xxh3 != item["xxh3"]:
+            yield f"{path}: its content changed since it was written"

@@ -1,0 +1,319 @@
+"""What does not go together, and the nearest that does: one rule, one small function, one sentence.
+
+`faults` runs them all, so that a user sees every fault at once.  A rule returns None when it has nothing to say.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model_providers.layout import Layout, layout_problems
+from pretrain.config import BatchConfig, RunConfig
+from pretrain.ds_config import get, optimizer_is_offloaded
+
+if TYPE_CHECKING:  # Run holds what the rules look at; config_io imports this module
+    from pretrain.config_io import Run
+
+Rule = Callable[["Run"], str | None]
+
+DEEPSPEED_OPTIMIZERS = ("Adam", "AdamW", "Lion", "Muon", "Adagrad", "Lamb")
+TORCH_OPTIMIZERS = ("Adadelta", "Adafactor", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
+ONE_BIT_OPTIMIZERS = ("onebitadam", "onebitlamb", "zerooneadam")
+# deepspeed/runtime/zero/utils.py, ZERO_SUPPORTED_OPTIMIZERS; the others need zero_allow_untested_optimizer.
+ZERO_TRIED = {"adam", "adamw", "lion", "muon", "adagrad"}
+CPU_OFFLOADABLE = ("Adam", "AdamW", "Lion", "Adagrad")
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """The three sizes in agreement: global = micro x accumulation x dp."""
+
+    global_size: int
+    micro_size: int
+    accumulation_steps: int
+
+
+def sizes(config: RunConfig, world_size: int, found: list[str]) -> tuple[Layout | None, BatchSizes | None]:
+    """The layout and the batch sizes for this world; what does not fit is added to ``found``."""
+    layout = config.layout
+    model_ranks = layout.tp * layout.pp
+    if world_size % model_ranks:
+        near = sorted(
+            {
+                max(1, world_size // model_ranks) * model_ranks,
+                math.ceil(world_size / model_ranks) * model_ranks,
+            }
+        )
+        found.append(
+            f"layout.tp={layout.tp} x layout.pp={layout.pp} = {model_ranks} ranks per model copy, but there "
+            f"are {world_size} ranks: start {' or '.join(map(str, near))} ranks, or choose tp x pp among "
+            f"{', '.join(str(n) for n in divisors(world_size))}"
+        )
+        return None, None
+    dp = world_size // model_ranks
+    batch = _agree(config.batch, dp, found)
+    return Layout(tp=layout.tp, pp=layout.pp, dp=dp, sequence_parallel=layout.sequence_parallel), batch
+
+
+def faults(run: "Run") -> list[str]:
+    """Everything that is wrong with a run, in the order of the rules."""
+    cut = layout_problems(run.config.model, run.layout, run.config.data.sequence_length)
+    found = [f"layout and model: {sentence}" for sentence in cut]
+    return found + [sentence for rule in RULES if (sentence := rule(run)) is not None]
+
+
+def device_faults(run: "Run", device_type: str) -> list[str]:
+    """What is wrong on this kind of device (``cpu`` or ``cuda``)."""
+    found = []
+    if run.config.precision.dtype == "fp16" and device_type == "cpu":
+        found.append(
+            "precision.dtype=fp16: DeepSpeed trains fp16 on GPUs only; use precision.dtype=bf16 or fp32 here"
+        )
+    if run.config.kernels == "te" and device_type == "cpu":
+        found.append("kernels=te: Transformer Engine needs CUDA; use kernels=auto or kernels=torch here")
+    return found
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, smallest first."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _agree(batch: BatchConfig, dp: int, found: list[str]) -> BatchSizes | None:
+    total, micro, steps = batch.global_size, batch.micro_size, batch.accumulation_steps
+    if total is None and micro is None:
+        found.append("batch: give batch.micro_size or batch.global_size (samples), or both")
+        return None
+    if total is None:
+        assert micro is not None
+        steps = steps or 1
+        return BatchSizes(micro * steps * dp, micro, steps)
+    if micro is None and steps is None:
+        steps = 1
+    if micro is None:
+        assert steps is not None
+        micro = total // (steps * dp)
+    if steps is None:
+        steps = total // (micro * dp)
+    if micro < 1 or steps < 1 or micro * steps * dp != total:
+        found.append(_batch_advice(batch, dp))
+        return None
+    return BatchSizes(total, micro, steps)
+
+
+def _batch_advice(batch: BatchConfig, dp: int) -> str:
+    unit = (batch.micro_size or 1) * (batch.accumulation_steps or 1) * dp
+    assert batch.global_size is not None
+    near = sorted({max(1, batch.global_size // unit) * unit, math.ceil(batch.global_size / unit) * unit})
+    stated = [f"batch.global_size={batch.global_size}"]
+    stated += [f"batch.micro_size={batch.micro_size}"] if batch.micro_size else []
+    stated += [f"batch.accumulation_steps={batch.accumulation_steps}"] if batch.accumulation_steps else []
+    if batch.micro_size and batch.accumulation_steps:
+        return (
+            f"{', '.join(stated)}: global must equal micro x accumulation x dp = {batch.micro_size} x "
+            f"{batch.accumulation_steps} x {dp} = {unit}; leave one of the three out"
+        )
+    return (
+        f"{', '.join(stated)}: not a multiple of {unit} (micro x accumulation x dp, dp={dp}); "
+        f"nearest batch.global_size: {' or '.join(map(str, near))}"
+    )
+
+
+def sequence_parallel_needs_tp(run: "Run") -> str | None:
+    if run.layout.sequence_parallel and run.layout.tp == 1:
+        return "layout.sequence_parallel=true with layout.tp=1: there is nothing to split over; use tp > 1, or false"
+    return None
+
+
+def pipeline_needs_zero_below_2(run: "Run") -> str | None:
+    if run.layout.pp > 1 and run.zero_stage >= 2:
+        return (
+            f"zero_optimization.stage={run.zero_stage} cannot run with layout.pp={run.layout.pp}: its "
+            "gradient shards would be reduced for every micro-batch of the pipeline, which DeepSpeed "
+            f"refuses. Use stage 1 with pp={run.layout.pp}; or stage 1 and offload_optimizer.device=cpu with "
+            f"pp={run.layout.pp}; or stage {run.zero_stage} with pp=1"
+        )
+    return None
+
+
+def half_precision_needs_zero(run: "Run") -> str | None:
+    dtype = run.config.precision.dtype
+    if dtype != "fp32" and run.zero_stage == 0:
+        return (
+            f"zero_optimization.stage=0 with precision.dtype={dtype}: DeepSpeed would sum gradients in "
+            f"{dtype} there; use stage 1 (at dp=1 it needs the same memory)"
+        )
+    return None
+
+
+def accumulation_dtype_is_legal(run: "Run") -> str | None:
+    dtype, accumulate = run.config.precision.dtype, run.config.precision.accumulate
+    if accumulate not in ("fp32", dtype):
+        return f"precision.accumulate={accumulate} with precision.dtype={dtype}: use fp32 or {dtype}"
+    return None
+
+
+def optimizer_offload_needs_zero(run: "Run") -> str | None:
+    if optimizer_is_offloaded(dict(run.deepspeed)) and run.zero_stage == 0:
+        return "zero_optimization.offload_optimizer with stage=0: DeepSpeed offloads in stages 1, 2 and 3; use stage 1"
+    return None
+
+
+def optimizer_nvme_needs_zero_3(run: "Run") -> str | None:
+    if _device(run, "offload_optimizer") == "nvme" and run.zero_stage < 3:
+        return (
+            f"zero_optimization.offload_optimizer.device=nvme with stage={run.zero_stage}: DeepSpeed swaps "
+            "to NVMe in stage 3 only and would keep everything in memory; use stage 3 (pp=1), or device=cpu"
+        )
+    return None
+
+
+def parameter_offload_needs_zero_3(run: "Run") -> str | None:
+    device = _device(run, "offload_param")
+    if device != "none" and run.zero_stage < 3:
+        return (
+            f"zero_optimization.offload_param.device={device} with stage={run.zero_stage}: only stage 3 "
+            "splits parameters; use stage 3 (pp=1), or leave offload_param out"
+        )
+    return None
+
+
+def nvme_needs_a_folder(run: "Run") -> str | None:
+    for section in ("offload_param", "offload_optimizer"):
+        if _device(run, section) != "nvme":
+            continue
+        path = get(dict(run.deepspeed), f"zero_optimization.{section}.nvme_path")
+        if path is None:
+            return f"zero_optimization.{section}.device=nvme needs a folder: set nvme_path=/folder/on/a/local/disk"
+        if not Path(path).is_dir():
+            return f"nvme_path={path}: no such folder; make it on a local disk (mkdir -p {path})"
+    return None
+
+
+def partitioned_messages_need_whole_activations(run: "Run") -> str | None:
+    split = [
+        key for key in ("pipe_partitioned", "grad_partitioned") if get(dict(run.deepspeed), f"pipeline.{key}")
+    ]
+    if split and run.layout.sequence_parallel:
+        return (
+            f"pipeline.{split[0]}=true with layout.sequence_parallel=true: activations are split over tp "
+            "already and would be split twice, silently wrong; use false"
+        )
+    return None
+
+
+def optimizer_exists(run: "Run") -> str | None:
+    kind = run.config.optimizer.type
+    names = (*DEEPSPEED_OPTIMIZERS, *TORCH_OPTIMIZERS)
+    if kind.lower() in ONE_BIT_OPTIMIZERS:
+        return f"optimizer.type={kind}: DeepSpeed 0.19 has no 1-bit optimizers any more; use AdamW or Lion"
+    if kind not in names and kind.lower() not in {name.lower() for name in DEEPSPEED_OPTIMIZERS}:
+        return f"optimizer.type={kind}: there are {', '.join(names)}"
+    return None
+
+
+def zero_knows_the_optimizer(run: "Run") -> str | None:
+    kind = run.config.optimizer.type
+    if (
+        run.zero_stage
+        and kind.lower() not in ZERO_TRIED
+        and not run.deepspeed.get("zero_allow_untested_optimizer")
+    ):
+        return (
+            f"optimizer.type={kind} with zero_optimization.stage={run.zero_stage}: set "
+            f'"zero_allow_untested_optimizer": true '
+            f"in the DeepSpeed JSON if it updates each number by itself (SGD does), or use stage 0"
+        )
+    return None
+
+
+def offload_knows_the_optimizer(run: "Run") -> str | None:
+    kind = run.config.optimizer.type
+    if optimizer_is_offloaded(dict(run.deepspeed)) and kind.lower() not in {
+        name.lower() for name in CPU_OFFLOADABLE
+    }:
+        names = ", ".join(CPU_OFFLOADABLE)
+        return f"optimizer.type={kind} with offload_optimizer: DeepSpeed has CPU kernels for {names}"
+    return None
+
+
+def muon_needs_whole_matrices(run: "Run") -> str | None:
+    if run.config.optimizer.type.lower() != "muon":
+        return None
+    if run.layout.tp > 1 or run.layout.pp > 1:
+        return (
+            f"optimizer.type=Muon with layout.tp={run.layout.tp}, layout.pp={run.layout.pp}: it "
+            "orthogonalises whole matrices, which tp splits, and DeepSpeed's version is for data "
+            "parallelism; use tp=1 and pp=1"
+        )
+    return None
+
+
+def schedule_fits_the_run(run: "Run") -> str | None:
+    schedule = run.config.schedule
+    if schedule is None:
+        return None
+    total = getattr(schedule, "total_steps", None) or run.config.train.steps
+    spent = schedule.warmup_steps + getattr(schedule, "decay_steps", 0)
+    if spent > total:
+        return (
+            f"schedule.warmup_steps={schedule.warmup_steps} and "
+            f"decay_steps={getattr(schedule, 'decay_steps', 0)} need {spent} steps, but the schedule has "
+            f"{total}: shorten them or raise train.steps"
+        )
+    return None
+
+
+def explicit_partition_is_sound(run: "Run") -> str | None:
+    bounds = run.config.layout.partition
+    if isinstance(bounds, str):
+        return None
+    last = run.config.model.num_layers + 3  # embedding, final norm and head stand beside the layers
+    rising = all(a < b for a, b in pairwise(bounds))
+    if len(bounds) != run.layout.pp + 1 or bounds[0] != 0 or bounds[-1] != last or not rising:
+        return (
+            f"layout.partition={list(bounds)}: needs {run.layout.pp + 1} rising numbers from 0 to {last} "
+            f"(embedding, {run.config.model.num_layers} layers, final norm, head), each the first layer of a "
+            "stage"
+        )
+    return None
+
+
+def resume_folder_exists(run: "Run") -> str | None:
+    resume = run.config.checkpoint.resume
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        return f"checkpoint.resume={resume}: no such folder; give a checkpoint's folder, auto or never"
+    return None
+
+
+RULES: tuple[Rule, ...] = (
+    sequence_parallel_needs_tp,
+    explicit_partition_is_sound,
+    pipeline_needs_zero_below_2,
+    half_precision_needs_zero,
+    accumulation_dtype_is_legal,
+    optimizer_offload_needs_zero,
+    optimizer_nvme_needs_zero_3,
+    parameter_offload_needs_zero_3,
+    nvme_needs_a_folder,
+    partitioned_messages_need_whole_activations,
+    optimizer_exists,
+    zero_knows_the_optimizer,
+    offload_knows_the_optimizer,
+    muon_needs_whole_matrices,
+    schedule_fits_the_run,
+    resume_folder_exists,
+)
+
+
+def _device(run: "Run", section: str) -> str:
+    found: Any = get(dict(run.deepspeed), f"zero_optimization.{section}")
+    return str(found.get("device", "none")) if isinstance(found, Mapping) else "none"
+
+
+def all_rules() -> Iterable[str]:
+    """The rules' names, for the test that each is exercised."""
+    return (rule.__name__ for rule in RULES)

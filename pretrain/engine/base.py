@@ -1,0 +1,110 @@
+"""What the training loop asks of an engine, and what both engines do alike: learning rate, records, state.
+
+`zero.py` runs a whole model per rank under ZeRO 0 to 3; `pipeline.py` runs a stage.  The loop cannot tell them
+apart.  An engine that meets a gradient which is not finite leaves the weights as they are and says so.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from model_providers.layer_plan import LayerPlan
+from pretrain.engine.groups import Groups
+from pretrain.engine.layers import BuiltLayer
+from pretrain.monitor.timers import PhaseTimers
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward pass of one rank, on its device."""
+
+    inputs: (
+        torch.Tensor | tuple[torch.Tensor, ...]
+    )  # GPTInputs in wire form: token ids int64 [b s], maybe segments
+    targets: tuple[torch.Tensor, torch.Tensor]  # labels int64 [b s], weights float32 [b s]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, the same on every rank."""
+
+    loss: float  # mean over the global batch
+    grad_norm: float  # of the whole model, before clipping
+    applied: bool  # false: gradients were not finite and the weights are as before
+    loss_scale: float  # 1.0 without fp16
+
+
+class Engine(ABC):
+    """A layer plan in motion under DeepSpeed."""
+
+    def __init__(self, engine: DeepSpeedEngine, groups: Groups):
+        self.deepspeed = engine
+        self.groups = groups
+        self.timers = PhaseTimers(groups.device)
+        self._peak_lrs = [group["lr"] for group in engine.optimizer.param_groups]
+
+    @abstractmethod
+    def train_step(self, batches: Sequence[MicroBatch | None]) -> StepResult:
+        """Forward and backward over this rank's micro-batches, then one optimizer step."""
+
+    @abstractmethod
+    def eval_step(self, batches: Sequence[MicroBatch | None], *, micro_size: int) -> float:
+        """Mean loss over micro-batches of ``micro_size`` samples, without gradients; every rank gets it."""
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """This rank's layers, under their canonical names."""
+        return self.deepspeed.module
+
+    @property
+    def plan(self) -> LayerPlan:
+        """The whole model's."""
+        return cast(Any, self.deepspeed.module).plan
+
+    @property
+    def layers(self) -> list[BuiltLayer]:
+        """The layers that this rank holds, in order."""
+        return cast(Any, self.deepspeed.module).built
+
+    def set_learning_rate_factor(self, factor: float) -> float:
+        """Every group's learning rate becomes its peak times ``factor``; returns the first group's."""
+        for group, peak in zip(self.deepspeed.optimizer.param_groups, self._peak_lrs, strict=True):
+            group["lr"] = peak * factor
+        return self.learning_rate
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.deepspeed.optimizer.param_groups[0]["lr"])
+
+    def before_step(self, look: Callable[[], None]) -> None:
+        """Call ``look`` after each gradient reduction, before clipping and the optimizer's step."""
+        self.deepspeed.before_step_callbacks.append(look)
+
+    def save(self, folder: Path, client_state: dict[str, Any]) -> None:
+        """DeepSpeed's own files of this rank under ``folder``; every rank must call it."""
+        self.deepspeed.save_checkpoint(
+            str(folder.parent), tag=folder.name, client_state=client_state, save_latest=False
+        )
+
+    def load(self, folder: Path) -> None:
+        """What `save` wrote under the same layout."""
+        path, _ = self.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
+        assert path is not None, f"DeepSpeed found nothing to load under {folder}"
+
+    def _result(self, loss: float) -> StepResult:
+        norm = self.deepspeed.get_global_grad_norm()
+        return StepResult(
+            loss=loss,
+            grad_norm=float("nan") if norm is None else float(norm),
+            applied=self.deepspeed.was_step_applied(),
+            loss_scale=self._loss_scale(),
+        )
+
+    def _loss_scale(self) -> float:
+        scale = self.deepspeed._get_optimizer_loss_scale() if self.deepspeed.fp16_enabled() else None
+        return 1.0 if scale is None else float(scale)

@@ -1,0 +1,162 @@
+"""Who talks to whom: one layout, two libraries, the same process groups.
+
+megatron-core's modules and DeepSpeed's engines both number ranks with tensor fastest and pipeline slowest.
+The groups are made once, by megatron-core; DeepSpeed is handed the same ones, and a pipeline's own grid is
+compared with them, since libraries that disagree about a group pair wrong ranks without a word.
+"""
+
+import contextlib
+import datetime
+import io
+import os
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from model_providers import mcore_on_cpu
+from model_providers.layout import Coordinates, Layout
+
+DEFAULT_TIMEOUT_S = 1800.0
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's place and its process groups."""
+
+    layout: Layout
+    rank: int
+    place: Coordinates
+    device: torch.device
+    tp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    model: dist.ProcessGroup  # all ranks that hold a part of one copy of the model: tp x pp
+    collection: ProcessGroupCollection  # the same, in megatron-core's words
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which speaks for all."""
+        return self.rank == 0
+
+    @property
+    def holds_inputs(self) -> bool:
+        return self.place.pp == 0
+
+    @property
+    def holds_loss(self) -> bool:
+        return self.place.pp == self.layout.pp - 1
+
+    def mean_over_dp(self, value: float) -> float:
+        """The average of one number over the copies of the model."""
+        total = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.all_reduce(total, group=self.dp)
+        return total.item() / self.layout.dp
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether any rank of the world says yes."""
+        votes = torch.tensor([int(flag)], device=self.device)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        return bool(votes.item())
+
+
+def device_of_this_rank() -> torch.device:
+    """On CPU, DeepSpeed's ``current_device()`` is LOCAL_RANK, which is no device; its name is."""
+    return torch.device(get_accelerator().current_device_name())
+
+
+def join(layout: Layout, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Groups:
+    """Join the world that the launcher's environment describes, and make all groups; every rank must call it."""
+    accelerator = get_accelerator()
+    if not dist.is_initialized():
+        accelerator.set_device(_local_rank())
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints that its shared-memory kernel is built
+        deepspeed.init_distributed(
+            dist_backend=accelerator.communication_backend_name(),
+            timeout=datetime.timedelta(seconds=timeout_s),
+            verbose=False,
+        )
+    assert dist.get_world_size() == layout.world_size, f"{dist.get_world_size()} ranks for {layout}"
+    mcore_on_cpu.install(device_of_this_rank().type)
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        create_gloo_process_groups=False,
+    )
+    rank = dist.get_rank()
+    groups = Groups(
+        layout=layout,
+        rank=rank,
+        place=layout.coordinates(rank),
+        device=device_of_this_rank(),
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        model=parallel_state.get_model_parallel_group(),
+        collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    for axis, group in (("tp", groups.tp), ("dp", groups.dp), ("pp", groups.pp)):
+        assert_same_ranks(axis, group, next(ranks for ranks in layout.groups(axis) if rank in ranks))
+    return groups
+
+
+def assert_same_ranks(name: str, group: dist.ProcessGroup, expected: list[int]) -> None:
+    """A library's group must hold exactly the ranks that the layout says."""
+    found = dist.get_process_group_ranks(group)
+    assert found == expected, f"{name} group has ranks {found}, the layout says {expected}"
+
+
+class ModelParallelUnit:
+    """What DeepSpeed asks of an ``mpu`` where there is no pipeline (deepspeed/utils/groups.py, zero/*.py)."""
+
+    def __init__(self, groups: Groups):
+        self._groups = groups
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._groups.dp
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self._groups.dp)
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._groups.layout.dp
+
+    def get_data_parallel_rank(self) -> int:
+        return self._groups.place.dp
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._groups.tp
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._groups.layout.tp
+
+    def get_model_parallel_rank(self) -> int:
+        return self._groups.place.tp
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._groups.tp
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self._groups.layout.tp
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self._groups.place.tp
+
+    def get_tensor_model_parallel_src_rank(self) -> int:
+        return dist.get_process_group_ranks(self._groups.tp)[0]
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        return 0
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))

@@ -1,0 +1,116 @@
+"""A run of a plan's layers as one torch module: the whole model for ZeRO, a stage's share for a pipeline.
+
+Modules are attached under the plan's own names, so `layers.3.mlp.linear_fc1.weight` is called that in every
+layout.  Between layers the value travels in its wire form, plain tensors or tuples of them, because ZeRO-3's
+hooks take outputs apart and cannot put named tuples together again.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from model_providers.layer_plan import LayerPlan, PlannedLayer, Tie
+
+Wire = torch.Tensor | tuple[torch.Tensor, ...]
+
+
+class BuiltLayer(NamedTuple):
+    """A planned layer and its module on this rank."""
+
+    plan: PlannedLayer
+    module: nn.Module
+
+
+Prepare = Callable[[str, nn.Module], None]
+
+
+def build_layers(
+    root: nn.Module,
+    planned: Sequence[PlannedLayer],
+    ties: Sequence[Tie] = (),
+    prepare: Sequence[Prepare] = (),
+) -> list[BuiltLayer]:
+    """Build layers one by one and attach each to ``root`` under its dotted name.
+
+    ``prepare`` steps (loading weights, sharding for ZeRO-3) see each layer as it is made, so that no rank ever
+    holds more than one whole layer on top of what it keeps.
+    """
+    built = []
+    for layer in planned:
+        module = layer.build()
+        attach(root, layer.name, module)
+        share_tied_parameters(root, ties)
+        for step in prepare:
+            step(layer.name, module)
+        built.append(BuiltLayer(layer, module))
+    return built
+
+
+def attach(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Register ``module`` as ``root.a.b.c`` for the name ``"a.b.c"``, making plain modules on the way."""
+    *parents, last = name.split(".")
+    for word in parents:
+        if word not in root._modules:
+            root.add_module(word, nn.Module())
+        root = root.get_submodule(word)
+    root.add_module(last, module)
+
+
+def share_tied_parameters(root: nn.Module, ties: Sequence[Tie]) -> list[Tie]:
+    """Make both ends of a tie one Parameter where both are in ``root``; returns the ties that were made."""
+    names = {name for name, _ in root.named_parameters(remove_duplicate=False)}
+    shared = []
+    for tie in ties:
+        owner, user = f"{tie.owner}.{tie.owner_parameter}", f"{tie.user}.{tie.user_parameter}"
+        if owner in names and user in names:
+            module, _, parameter = user.rpartition(".")
+            setattr(root.get_submodule(module), parameter, root.get_parameter(owner))
+            shared.append(tie)
+    return shared
+
+
+def tied_names(plan: LayerPlan) -> set[str]:
+    """Names of the parameters that are tied to another layer's."""
+    return {f"{tie.user}.{tie.user_parameter}" for tie in plan.ties}
+
+
+def run_layers(layers: Sequence[BuiltLayer], wire: Wire, plan: LayerPlan) -> Wire:
+    """Apply layers in order; under full recompute, in groups that keep only their input."""
+    for group in checkpoint_groups(layers, plan):
+        if len(group) == 1 and not _recomputes(group[0], plan):
+            wire = group[0].module(wire)
+        else:
+            tensors = (wire,) if isinstance(wire, torch.Tensor) else wire
+            wire = plan.checkpoint_function(_apply(group), *tensors)
+    return wire
+
+
+def checkpoint_groups(layers: Sequence[BuiltLayer], plan: LayerPlan) -> Iterator[list[BuiltLayer]]:
+    """Layers one by one, but runs of up to ``recompute.every`` checkpointable ones together."""
+    group: list[BuiltLayer] = []
+    for layer in layers:
+        if group and (not _recomputes(layer, plan) or len(group) == plan.recompute.every):
+            yield group
+            group = []
+        if _recomputes(layer, plan):
+            group.append(layer)
+        else:
+            yield [layer]
+    if group:
+        yield group
+
+
+def _recomputes(layer: BuiltLayer, plan: LayerPlan) -> bool:
+    return plan.recompute.mode == "full" and layer.plan.checkpointable and torch.is_grad_enabled()
+
+
+def _apply(group: Sequence[BuiltLayer]) -> Any:
+    def apply(*tensors: torch.Tensor) -> Wire:
+        wire: Wire = tensors[0] if len(tensors) == 1 else tensors
+        for layer in group:
+            wire = layer.module(wire)
+        return wire
+
+    return apply

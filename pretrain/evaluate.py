@@ -1,0 +1,20 @@
+"""Validation losses: each named set, the same samples at every call and in every layout."""
+
+from data_tools.loader import SampleSource
+from data_tools.training_data import TrainingData
+from pretrain.batches import evaluation_steps
+from pretrain.config_io import Run
+from pretrain.engine.base import Engine
+
+
+def evaluate_all(engine: Engine, data: TrainingData, run: Run) -> dict[str, float]:
+    """Mean loss per token of each validation set; every rank calls it and gets the same numbers."""
+    return {name: evaluate(engine, source, run) for name, source in data.validation.items()}
+
+
+def evaluate(engine: Engine, source: SampleSource, run: Run) -> float:
+    """Mean loss per token over the first ``train.eval_samples`` samples of a set."""
+    train = run.config.train
+    micro_size = train.eval_micro_size or run.micro_size
+    steps = evaluation_steps(source, engine.groups, micro_size=micro_size, num_samples=train.eval_samples)
+    return sum(engine.eval_step(batches, micro_size=micro_size) * share for batches, share in steps)

@@ -1,0 +1,156 @@
+"""`megaloom generate CHECKPOINT --prompt ...`: continue a text with a trained model.
+
+One process, whatever layout wrote the checkpoint; keys and values of earlier tokens are cached.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from data_tools.tokenizer import Tokenizer, load_tokenizer
+from model_providers.config import ModelConfig
+from model_providers.generation import generation_cache, next_logits
+from model_providers.gpt import build_plan, solo_groups
+from model_providers.layout import Layout
+from pretrain.checkpoint import store
+from pretrain.checkpoint.store import CONFIG, TOKENIZER, WEIGHTS
+from pretrain.checkpoint.weights import WeightLoader
+from pretrain.config import RunConfig
+from pretrain.config_io import read_yaml
+from pretrain.engine.layers import build_layers, tied_names
+from pretrain.errors import RunError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    temperature: float = 0.8  # 0 is greedy
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A model and its tokenizer, ready to speak."""
+
+    layers: list[nn.Module]
+    model: ModelConfig
+    tokenizer: Tokenizer
+    device: torch.device
+
+    def continue_text(self, prompt: str, *, num_tokens: int, sampling: Sampling) -> str:
+        """``prompt`` and up to ``num_tokens`` tokens more; ends early at the end-of-document token."""
+        ids = self.tokenizer.encode_batch([prompt])[0]
+        prompt_ids = [int(i) for i in ids] or [self.tokenizer.end_of_document]
+        cache = generation_cache(self.model, batch_size=1, max_length=len(prompt_ids) + num_tokens)
+        random = torch.Generator(self.device).manual_seed(sampling.seed)
+        new: list[int] = []
+        step = torch.tensor([prompt_ids], device=self.device)
+        for _ in range(num_tokens):
+            logits = next_logits(self.layers, step, cache, self.model)[0, -1].float()
+            token = choose(logits, sampling, random)
+            if token == self.tokenizer.end_of_document:
+                break
+            new.append(token)
+            step = torch.tensor([[token]], device=self.device)
+        return prompt + self.tokenizer.decode(new)
+
+
+def choose(logits: torch.Tensor, sampling: Sampling, random: torch.Generator) -> int:
+    """The next token from logits [v]: greedy, or drawn after temperature, top-k and top-p, in this order.
+
+    top-p keeps the smallest set of tokens whose probability reaches p (Holtzman et al. 2020, section 3.1).
+    """
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    logits = logits / sampling.temperature
+    if sampling.top_k:
+        limit = logits.topk(min(sampling.top_k, logits.numel())).values[-1]
+        logits = logits.masked_fill(logits < limit, -torch.inf)
+    probabilities = logits.softmax(dim=-1)
+    if sampling.top_p < 1.0:
+        ranked, order = probabilities.sort(descending=True)
+        before = ranked.cumsum(dim=-1) - ranked  # mass of the tokens that rank higher
+        probabilities[order[before >= sampling.top_p]] = 0.0
+    return int(torch.multinomial(probabilities, 1, generator=random))
+
+
+def load_generator(path: Path, device: torch.device) -> Generator:
+    """From a checkpoint's folder, or a run's folder, of which it takes the latest."""
+    folder = find_checkpoint(path)
+    config = RunConfig(**read_yaml(folder / CONFIG))
+    layout = Layout(tp=1, pp=1, dp=1)
+    plan = build_plan(
+        config.model,
+        layout,
+        solo_groups(),
+        seed=0,
+        sequence_length=config.data.sequence_length,
+        device=device,
+        kernels="torch",
+    )
+    root = nn.Module()
+    loader = WeightLoader(folder / WEIGHTS, tp_rank=0, tp=1, tied=tied_names(plan))
+    layers = [layer.module for layer in build_layers(root, plan.layers, plan.ties, [loader])]
+    root.eval()
+    return Generator(layers, config.model, load_tokenizer(str(folder / TOKENIZER)), device)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that ``path`` means."""
+    for folder in (path, path / "checkpoints"):
+        if (folder / WEIGHTS).is_dir():
+            return folder
+        found = store.checkpoints(folder) if folder.is_dir() else []
+        if found:
+            return found[0]
+    raise RunError(
+        f"checkpoint={path}: no checkpoint there; give a run's folder, or a step-... folder in its "
+        "checkpoints"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="megaloom generate", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="a run's folder, or one checkpoint's")
+    parser.add_argument(
+        "--prompt", action="append", required=True, help="text to continue; may be given several times"
+    )
+    parser.add_argument("--tokens", type=int, default=64, help="at most this many new tokens")
+    parser.add_argument("--samples", type=int, default=1, help="continuations of each prompt")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 means greedy")
+    parser.add_argument("--greedy", action="store_true", help="the same as --temperature 0")
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    words = parser.parse_args(argv)
+    check_words(words)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = load_generator(words.checkpoint, device)
+    for prompt in words.prompt:
+        for sample in range(words.samples):
+            temperature = 0.0 if words.greedy else words.temperature
+            sampling = Sampling(temperature, words.top_k, words.top_p, words.seed + sample)
+            print(generator.continue_text(prompt, num_tokens=words.tokens, sampling=sampling))
+
+
+def check_words(words: argparse.Namespace) -> None:
+    for name, value, sound, limit in (
+        ("--temperature", words.temperature, words.temperature >= 0, "0 (greedy) or more"),
+        ("--top-k", words.top_k, words.top_k >= 0, "0 (all tokens) or more"),
+        ("--top-p", words.top_p, 0 < words.top_p <= 1, "above 0, at most 1"),
+        ("--tokens", words.tokens, words.tokens >= 1, "1 or more"),
+        ("--samples", words.samples, words.samples >= 1, "1 or more"),
+    ):
+        if not sound:
+            raise RunError(f"{name}={value}: must be {limit}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

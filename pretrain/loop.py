@@ -1,0 +1,122 @@
+"""The training loop: seed, step, judge, record, evaluate, save, until the end or a signal."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from model_providers.random_streams import seed_streams
+from pretrain.batches import Feed
+from pretrain.config_io import Run
+from pretrain.engine.base import Engine
+from pretrain.errors import RunError
+from pretrain.monitor.guards import FiniteGuard, StopSignal, first_non_finite
+from pretrain.monitor.metrics import Metrics, Record
+from pretrain.monitor.sinks import Sink
+from pretrain.optim import learning_rate_factor
+
+log = logging.getLogger(__name__)
+
+
+class Outcome(Enum):
+    """Why the loop ended."""
+
+    DONE = "all steps done"
+    SIGNALLED = "stopped by a signal"
+
+
+class NotFinite(RunError):
+    """A step met a number that is not finite; the text names the first tensor and rank."""
+
+
+@dataclass
+class Loop:
+    """What the loop works with. ``evaluate`` gives losses by set, ``save`` writes a checkpoint of the step."""
+
+    run: Run
+    engine: Engine
+    feed: Feed
+    evaluate: Callable[[], dict[str, float]]
+    save: Callable[[int], None]
+    sinks: Sequence[Sink]
+
+    def train(self, first_step: int) -> Outcome:
+        """Steps ``first_step`` (0 is the first ever) to the end."""
+        run, engine = self.run, self.engine
+        metrics = Metrics(run, engine.groups.device)
+        guard = FiniteGuard(is_fp16=run.config.precision.dtype == "fp16")
+        with StopSignal().listening() as stop:
+            for step in range(first_step, run.config.train.steps):
+                started_s = time.perf_counter()
+                record = self._one_step(step, metrics, guard, started_s)
+                done = step + 1
+                is_last, asked = done == run.config.train.steps, stop.asked(engine.groups)
+                if is_last or asked or due(done, run.config.train.eval_every):
+                    record.losses_by_set = self.evaluate()
+                self._tell(record, always=is_last or asked)
+                if is_last or asked or due(done, run.config.checkpoint.every):
+                    self.save(done)
+                if asked and not is_last:
+                    log.info("%s: saved step %d and stopping", stop.received or "a rank was signalled", done)
+                    return Outcome.SIGNALLED
+        return Outcome.DONE
+
+    def _one_step(self, step: int, metrics: Metrics, guard: FiniteGuard, started_s: float) -> Record:
+        run, engine = self.run, self.engine
+        self._seed(step)
+        learning_rate = self._set_learning_rate(step)
+        with engine.timers.phase("data"):
+            batches = self.feed.next_step()
+        result = engine.train_step(batches)
+        phases_s = engine.timers.take()
+        record = metrics.record(
+            step + 1,
+            result,
+            learning_rate=learning_rate,
+            elapsed_s=time.perf_counter() - started_s,
+            phases_s=phases_s,
+        )
+        if run.config.train.stop_on_nan and guard.objects(result):
+            self._tell(record, always=True)
+            where = first_non_finite(engine, batches, seed=lambda: self._seed(step))
+            raise NotFinite(
+                f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; {where}. The "
+                f"weights are those of step {step}; the last checkpoint stands. Lower optimizer.lr, or look "
+                f"at samples {step * run.global_size} to {(step + 1) * run.global_size - 1}; "
+                "train.stop_on_nan=false skips such steps instead"
+            )
+        return record
+
+    def _seed(self, step: int) -> None:
+        place = self.engine.groups.place
+        seed_streams(
+            self.run.config.train.seed,
+            step=step,
+            tp_rank=place.tp,
+            pp_rank=place.pp,
+            dp_rank=place.dp,
+            device=self.engine.groups.device.type,
+        )
+
+    def _set_learning_rate(self, step: int) -> float:
+        schedule = self.run.config.schedule
+        if schedule is None:  # the DeepSpeed JSON's own scheduler rules
+            return self.engine.learning_rate
+        return self.engine.set_learning_rate_factor(
+            learning_rate_factor(schedule, step, self.run.config.train.steps)
+        )
+
+    def _tell(self, record: Record, *, always: bool) -> None:
+        if always or record.losses_by_set or due(record.step, self.run.config.monitor.log_every):
+            tell(self.sinks, record)
+
+
+def tell(sinks: Iterable[Sink], record: Record) -> None:
+    for sink in sinks:
+        sink.write(record)
+
+
+def due(done: int, every: int) -> bool:
+    """Whether something that happens every ``every`` steps (0: never) happens now."""
+    return every > 0 and done % every == 0

@@ -1,0 +1,92 @@
+"""What a run is about to do, in a few lines on the console before the first step."""
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from model_providers.layer_plan import LayerPlan
+from pretrain.config_io import Run
+from pretrain.engine.base import Engine
+from pretrain.monitor.sinks import short
+
+
+def show(
+    console: Console,
+    run: Run,
+    engine: Engine,
+    plan: LayerPlan,
+    *,
+    bounds: Sequence[int],
+    resumed: Path | None,
+) -> None:
+    """Print the run's facts; only rank 0 calls it."""
+    table = Table.grid(padding=(0, 2))
+    for name, text in facts(run, engine, resumed=resumed):
+        table.add_row(f"[bold]{name}[/bold]", text)
+    console.print(table)
+    if run.layout.pp > 1:
+        console.print(stage_table(plan, bounds))
+
+
+def facts(run: Run, engine: Engine, *, resumed: Path | None) -> Iterable[tuple[str, str]]:
+    """Name and text of each line."""
+    config, model, layout = run.config, run.config.model, run.layout
+    yield "run", f"{config.name}, writes into {run.folder}"
+    yield (
+        "model",
+        f"{short(run.parameters)} parameters: {model.num_layers} layers, width {model.hidden_size}, "
+        f"{model.num_attention_heads} heads ({model.kv_heads} key/value), vocabulary {model.vocab_size} "
+        f"(padded {model.padded_vocab_size})",
+    )
+    sequence = " with sequence parallelism" if layout.sequence_parallel else ""
+    yield (
+        "layout",
+        f"{layout.world_size} ranks: tp={layout.tp}{sequence}, pp={layout.pp}, dp={layout.dp}, "
+        f"ZeRO stage {run.zero_stage}",
+    )
+    yield (
+        "batch",
+        f"{run.global_size} samples = micro {run.micro_size} x accumulation {run.num_micro_batches} x dp "
+        f"{layout.dp}; "
+        f"{short(run.tokens_per_step)} tokens per step, {short(run.tokens_per_step * config.train.steps)} "
+        f"in {config.train.steps} steps",
+    )
+    clipping = run.deepspeed["gradient_clipping"]
+    yield (
+        "numbers",
+        f"weights {config.precision.dtype}, gradients summed in "
+        f"{run.deepspeed['data_types']['grad_accum_dtype']}, "
+        f"master weights fp32, clipping {f'at norm {clipping}' if clipping else 'off'}",
+    )
+    yield (
+        "optimizer",
+        f"{config.optimizer.type} ({type(engine.deepspeed.optimizer).__name__}), "
+        f"peak learning rate {config.optimizer.lr:g}",
+    )
+    if config.recompute.mode != "none":
+        yield "recompute", f"{config.recompute.mode}, every {config.recompute.every}"
+    if resumed is not None:
+        yield "resumed", f"from {resumed}"
+    elif config.checkpoint.weights_from:
+        yield "weights", f"from {config.checkpoint.weights_from}"
+
+
+def stage_table(plan: LayerPlan, bounds: Sequence[int]) -> Table:
+    """Layers, parameters and FLOPs of each pipeline stage."""
+    table = Table("stage", "layers", "parameters", "GFLOP per token", "share")
+    totals = [
+        sum(layer.cost.forward_flops_per_token for layer in plan.layers[a:b]) for a, b in pairwise(bounds)
+    ]
+    for stage, (start, end) in enumerate(pairwise(bounds)):
+        layers = plan.layers[start:end]
+        table.add_row(
+            str(stage),
+            layers[0].name if len(layers) == 1 else f"{layers[0].name} .. {layers[-1].name}",
+            short(sum(layer.cost.parameters for layer in layers)),
+            f"{totals[stage] / 1e9:.3g}",
+            f"{totals[stage] / sum(totals):.0%}",
+        )
+    return table

@@ -1,0 +1,160 @@
+"""Where records go: JSON lines, TensorBoard (DeepSpeed's monitors), the console. Sinks are dumb.
+
+A resumed run must not show a step twice, so opening a sink at step n drops what an earlier life of the run
+wrote beyond n.
+"""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+from pretrain.checkpoint.store import write_whole
+from pretrain.monitor.metrics import Record
+
+LINE_EVERY_S = 5.0  # on a console that is no terminal
+
+
+class Sink(Protocol):
+    """Takes records; only rank 0 has sinks."""
+
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """One JSON object per line in ``metrics.jsonl``."""
+
+    def __init__(self, path: Path, *, resumed_step: int):
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= resumed_step]
+        write_whole(path, "".join(f"{line}\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, record: Record) -> None:
+        self._file.write(json.dumps(record.as_dict()) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class DeepSpeedMonitors:
+    """TensorBoard, and whatever other monitor the DeepSpeed JSON switches on, by step."""
+
+    def __init__(self, monitor: Any, *, resumed_step: int, texts: dict[str, str]):
+        self._monitor = monitor
+        writer = self._writer()
+        if writer is not None:
+            if resumed_step:  # tells TensorBoard to forget what lies beyond
+                purge = Event(step=resumed_step + 1, session_log=SessionLog(status=SessionLog.START))
+                writer.file_writer.add_event(purge)
+            for title, text in texts.items():
+                writer.add_text(title, f"```\n{text}\n```", resumed_step)
+
+    def write(self, record: Record) -> None:
+        names = {"loss": "train/loss", "learning_rate": "train/learning_rate", "grad_norm": "train/grad_norm"}
+        events = []
+        for key, value in record.as_dict().items():
+            if key != "step" and math.isfinite(value):
+                name = names.get(key) or (key if "/" in key else f"run/{key}")
+                events.append((name, value, record.step))
+        self._monitor.write_events(events)
+
+    def close(self) -> None:
+        writer = self._writer()
+        if writer is not None:
+            writer.close()
+
+    def _writer(self) -> Any:
+        board = self._monitor.tb_monitor
+        return None if board is None else board.summary_writer
+
+
+class ConsoleSink:
+    """One live line on a terminal; elsewhere a line every few seconds and at every evaluation."""
+
+    def __init__(self, console: Console, *, num_steps: int, first_step: int):
+        self._console, self._num_steps, self._first_step = console, num_steps, first_step
+        self._live = (
+            Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        )
+        self._started_s = self._last_line_s = time.monotonic()
+        self._steps_since_start = 0
+        if self._live:
+            self._live.start()
+
+    def write(self, record: Record) -> None:
+        self._steps_since_start = record.step - self._first_step
+        line = self._line(record)
+        now_s = time.monotonic()
+        is_last = record.step == self._num_steps
+        if self._live:
+            self._live.update(Text(line))
+        if record.losses_by_set or is_last or (not self._live and now_s - self._last_line_s >= LINE_EVERY_S):
+            self._console.print(line, highlight=False, soft_wrap=True)
+            self._last_line_s = now_s
+
+    def close(self) -> None:
+        if self._live:
+            self._live.stop()
+
+    def _line(self, record: Record) -> str:
+        values = record.values
+        parts = [
+            f"step {record.step}/{self._num_steps}",
+            f"loss {values['loss']:.4f}",
+            f"lr {values['learning_rate']:.2e}",
+            f"norm {values['grad_norm']:.2f}",
+            f"{short(values['tokens_per_s'])} tokens/s",
+            f"MFU {values['mfu']:.1%}"
+            if "mfu" in values
+            else f"{short(values['tflops_per_s_per_device'] * 1e12)}FLOP/s",
+            f"ETA {self._eta(record.step)}",
+        ]
+        parts += [f"{name} loss {loss:.4f}" for name, loss in record.losses_by_set.items()]
+        return "  ".join(parts)
+
+    def _eta(self, step: int) -> str:
+        per_step_s = (time.monotonic() - self._started_s) / max(1, self._steps_since_start)
+        return duration((self._num_steps - step) * per_step_s)
+
+
+def short(value: float) -> str:
+    """12345.6 -> '12.3k'."""
+    for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """3725.0 -> '1h02m'."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02d}h"
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def _lines(path: Path) -> Sequence[str]:
+    """Whole lines; a last one that a crash cut off is dropped."""
+    if not path.exists():
+        return []
+    whole = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            json.loads(line)
+        except ValueError:
+            break
+        whole.append(line)
+    return whole

@@ -1,0 +1,245 @@
+"""Does a layout compute what one process computes?  Traces of losses, norms, gradients and weights, compared.
+
+A trace holds, for the first steps of a run: every step's loss and gradient norm, the whole model's gradients of the
+first step, and the whole model's weights after the last.  Gradients and weights are in logical form (merged over
+tensor ranks, collected over stages and shards), so that traces of any two layouts can be held side by side.
+`megaloom parity` records one trace per layout with this program.
+"""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from data_tools.errors import DataError
+from model_providers.errors import ModelError
+from model_providers.logical import describe_parameter, merge
+from model_providers.random_streams import seed_streams
+from pretrain.batches import Feed, open_run_data
+from pretrain.config_io import Run, load_run
+from pretrain.engine.base import Engine
+from pretrain.engine.groups import Groups, join
+from pretrain.engine.layers import tied_names
+from pretrain.errors import RunError
+from pretrain.monitor import logs
+from pretrain.optim import learning_rate_factor
+from pretrain.run import check_place, make_engine, make_plan
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one layout computed."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    gradients: Tensors  # of the first step, averaged over the batch, before clipping
+    weights: Tensors  # after the last step
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The largest relative differences of a trace from a reference."""
+
+    loss: float
+    grad_norm: float
+    gradient: (
+        float  # of any parameter: largest absolute difference over the reference's largest absolute value
+    )
+    gradient_name: str
+    weight: float
+    weight_name: str
+
+
+def compare(trace: Trace, reference: Trace) -> Comparison:
+    """How far ``trace`` is from ``reference``; the same parameters must be in both."""
+    gradient, gradient_name = _furthest(trace.gradients, reference.gradients)
+    weight, weight_name = _furthest(trace.weights, reference.weights)
+    return Comparison(
+        loss=_relative(trace.losses, reference.losses),
+        grad_norm=_relative(trace.grad_norms, reference.grad_norms),
+        gradient=gradient,
+        gradient_name=gradient_name,
+        weight=weight,
+        weight_name=weight_name,
+    )
+
+
+def record(run: Run, steps: int) -> Trace | None:
+    """Train ``steps`` steps and trace them; every rank calls it, rank 0 gets the trace."""
+    groups = join(run.layout)
+    logs.start(groups.rank)
+    check_place(run, groups)
+    data = open_run_data(run, groups)
+    engine = make_engine(run, make_plan(run, groups), groups)
+    feed = Feed(data.train, run, groups, consumed_samples=0)
+    seen: list[Tensors] = []
+
+    def look_once() -> None:
+        if not seen:
+            seen.append(whole_model(engine, safe_get_full_grad))
+
+    engine.before_step(look_once)
+    losses, norms = [], []
+    for step in range(steps):
+        place = groups.place
+        seed_streams(
+            run.config.train.seed,
+            step=step,
+            tp_rank=place.tp,
+            pp_rank=place.pp,
+            dp_rank=place.dp,
+            device=groups.device.type,
+        )
+        if run.config.schedule is not None:
+            engine.set_learning_rate_factor(
+                learning_rate_factor(run.config.schedule, step, run.config.train.steps)
+            )
+        result = engine.train_step(feed.next_step())
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+    feed.close()
+    weights = whole_model(engine, safe_get_full_fp32_param)
+    return Trace(losses, norms, seen[0], weights) if groups.is_first else None
+
+
+def whole_model(engine: Engine, read: Callable[[torch.nn.Parameter], torch.Tensor | None]) -> Tensors:
+    """``read`` of every logical parameter of the model, on rank 0; collective, in layer order on each stage."""
+    groups, skip = engine.groups, tied_names(engine.plan)
+    mine: Tensors = {}
+    for name, parameter in engine.module.named_parameters():
+        tensor = _read(read, parameter, engine)
+        if name not in skip:
+            mine[name] = _merge_over_tp(tensor, parameter, name, groups)
+    if groups.place.dp or groups.place.tp:
+        return {}
+    return _collect_over_stages(mine, groups)
+
+
+def _read(
+    read: Callable[..., torch.Tensor | None], parameter: torch.nn.Parameter, engine: Engine
+) -> torch.Tensor:
+    """DeepSpeed's reader where an optimizer of its own holds the value, else the parameter's own."""
+    if engine.deepspeed.zero_optimization():
+        tensor = read(parameter)
+    else:
+        tensor = parameter.grad if read is safe_get_full_grad else parameter.detach()
+    assert tensor is not None, "a parameter has no value to compare"
+    return tensor.detach().float().cpu().clone().reshape(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _merge_over_tp(
+    tensor: torch.Tensor, parameter: torch.nn.Parameter, name: str, groups: Groups
+) -> torch.Tensor:
+    shards = [torch.empty_like(tensor) for _ in range(groups.layout.tp)]
+    dist.all_gather(shards, tensor.contiguous(), group=groups.tp)
+    whole = torch.empty(tensor.shape)  # a sharded parameter's own shape is that of its shard
+    for mark in ("tensor_model_parallel", "partition_dim", "partition_stride"):
+        if hasattr(parameter, mark):
+            setattr(whole, mark, getattr(parameter, mark))
+    return merge(shards, describe_parameter(name, whole, groups.layout.tp))
+
+
+def _collect_over_stages(mine: Tensors, groups: Groups) -> Tensors:
+    gathered: list[Tensors | None] | None = [None] * groups.layout.pp if groups.place.pp == 0 else None
+    dist.gather_object(mine, gathered, dst=dist.get_process_group_ranks(groups.pp)[0], group=groups.pp)
+    return {name: tensor for stage in gathered or [] for name, tensor in (stage or {}).items()}
+
+
+def _relative(ours: list[float], theirs: list[float]) -> float:
+    return max(abs(a - b) / max(abs(b), 1e-30) for a, b in zip(ours, theirs, strict=True))
+
+
+def _furthest(ours: Tensors, theirs: Tensors) -> tuple[float, str]:
+    assert ours.keys() == theirs.keys(), f"parameters differ: {sorted(ours.keys() ^ theirs.keys())}"
+    largest = max(float(tensor.abs().max()) for tensor in theirs.values())
+    worst = (0.0, "")
+    for name, reference in theirs.items():
+        scale = max(float(reference.abs().max()), 1e-6 * largest)  # a gradient that is zero but for rounding
+        worst = max(worst, (float((ours[name] - reference).abs().max()) / scale, name))
+    return worst
+
+
+def write_trace(trace: Trace, path: Path) -> None:
+    tensors = {f"gradient/{name}": tensor for name, tensor in trace.gradients.items()}
+    tensors |= {f"weight/{name}": tensor for name, tensor in trace.weights.items()}
+    tensors |= {"losses": torch.tensor(trace.losses, dtype=torch.float64)}
+    tensors |= {"grad_norms": torch.tensor(trace.grad_norms, dtype=torch.float64)}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def read_trace(path: Path) -> Trace:
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+
+    def part(kind: str) -> Tensors:
+        return {name.removeprefix(kind): t for name, t in tensors.items() if name.startswith(kind)}
+
+    return Trace(
+        tensors["losses"].tolist(), tensors["grad_norms"].tolist(), part("gradient/"), part("weight/")
+    )
+
+
+def report(comparison: Comparison, tolerance: float) -> tuple[str, bool]:
+    """A table of the differences, and whether they are within the tolerance."""
+    rows = (
+        ("loss, every step", comparison.loss, ""),
+        ("gradient norm, every step", comparison.grad_norm, ""),
+        ("gradient, first step", comparison.gradient, comparison.gradient_name),
+        ("weight, last step", comparison.weight, comparison.weight_name),
+    )
+    # Adam makes whole steps of the rounding of gradients near zero, which norms show before losses do.
+    limits = {"loss": tolerance, "grad_norm": 10 * tolerance, "gradient": 10 * tolerance}
+    agrees = all(getattr(comparison, name) <= limit for name, limit in limits.items())
+    agrees = agrees and not any(math.isnan(value) for _, value, _ in rows)
+    lines = [f"{title:<26} {value:9.1e}  {name}" for title, value, name in rows]
+    verdict = "the same" if agrees else "DIFFERENT"
+    lines.append(
+        f"{verdict}: relative tolerance {tolerance:g} on losses, {10 * tolerance:g} on norms and gradients"
+    )
+    return "\n".join(lines), agrees
+
+
+def main(argv: list[str] | None = None) -> int:
+    """``record RUN OUT --steps N key=value ...`` on every rank, or ``compare TRACE REFERENCE`` in one process."""
+    parser = argparse.ArgumentParser(prog="pretrain.parity", allow_abbrev=False)
+    parser.add_argument("what", choices=("record", "compare"))
+    parser.add_argument("first", type=Path)
+    parser.add_argument("second", type=Path)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--tolerance", type=float, default=1e-5)
+    parser.add_argument("--deepspeed_config")
+    parser.add_argument("--local_rank")
+    words = parser.parse_intermixed_args(argv)
+    if words.what == "compare":
+        text, agrees = report(compare(read_trace(words.first), read_trace(words.second)), words.tolerance)
+        print(text)
+        return 0 if agrees else 1
+    try:
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        run = load_run(
+            words.first, words.words, world_size=world_size, deepspeed_config=words.deepspeed_config
+        )
+        trace = record(run, words.steps)
+    except (RunError, ModelError, DataError) as mistake:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"parity: {mistake}", file=sys.stderr)
+        return 2
+    if trace is not None:
+        write_trace(trace, words.second)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""`megaloom plot`: a run's loss curve, or a run file's learning rate, as a PNG."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # draws to files; no screen is needed
+
+from matplotlib import pyplot as plt
+
+from pretrain.config_io import load_run
+from pretrain.errors import RunError
+from pretrain.optim import learning_rate_factor
+
+INK, MUTED, ACCENTS = "#1f2430", "#9aa5b1", ("#d1495b", "#2e86ab", "#3d9970", "#8d5fd3")
+SMOOTHING = 0.9  # of the thick line; the thin one is every step as it was
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="megaloom plot", description=__doc__)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    loss = kinds.add_parser("loss", help="training and validation loss of one or more runs")
+    loss.add_argument("runs", nargs="+", type=Path, help="run folders")
+    loss.add_argument("--out", type=Path, help="PNG (default: loss.png in the first folder)")
+    rate = kinds.add_parser("lr", help="the learning rate of a run file, step by step")
+    rate.add_argument("run", type=Path)
+    rate.add_argument("words", nargs="*", metavar="key=value")
+    rate.add_argument("--out", type=Path, default=Path("lr.png"))
+    words = parser.parse_args(argv)
+    out = (words.out or words.runs[0] / "loss.png") if words.kind == "loss" else words.out
+    if words.kind == "loss":
+        draw_losses({folder.name: read_records(folder) for folder in words.runs}, out)
+    else:
+        draw_learning_rate(words.run, words.words, out)
+    print(out)
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """All records of a run, in order."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        raise RunError(
+            f"run={folder}: no metrics.jsonl there; give the folder that a run wrote into (out/name)"
+        )
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def draw_losses(runs: dict[str, list[dict[str, Any]]], out: Path) -> None:
+    """Thin line: every step; thick line: smoothed; dots: validation sets."""
+    figure, axes = new_axes("optimizer step", "loss (nats per token)")
+    for (name, records), colour in zip(runs.items(), ACCENTS * len(runs), strict=False):
+        steps, losses = zip(*[(r["step"], r["loss"]) for r in records if "loss" in r], strict=True)
+        axes.plot(steps, losses, color=colour, linewidth=0.8, alpha=0.35)
+        label = "training" if len(runs) == 1 else name
+        axes.plot(steps, smoothed(losses), color=colour, linewidth=2.0, label=label)
+        for key in sorted({key for record in records for key in record if key.startswith("eval/")}):
+            points = [(record["step"], record[key]) for record in records if key in record]
+            title = (
+                f"{label}, {key.removeprefix('eval/')}"
+                if len(runs) > 1
+                else f"validation ({key.removeprefix('eval/')})"
+            )
+            axes.plot(*zip(*points, strict=True), "o--", color=INK, markersize=5, linewidth=1.0, label=title)
+            axes.annotate(
+                f"{points[-1][1]:.2f}",
+                points[-1],
+                textcoords="offset points",
+                xytext=(0, 8),
+                ha="right",
+                color=INK,
+            )
+    axes.legend(frameon=False)
+    write(figure, out)
+
+
+def draw_learning_rate(run_file: Path, words: Sequence[str], out: Path) -> None:
+    run = load_run(run_file, words, world_size=1)
+    schedule, total = run.config.schedule, run.config.train.steps
+    if schedule is None:
+        raise RunError(
+            f"{run_file}: the DeepSpeed JSON's own scheduler rules this run's learning rate; set schedule to "
+            "draw one"
+        )
+    figure, axes = new_axes("optimizer step", "learning rate")
+    rates = [run.config.optimizer.lr * learning_rate_factor(schedule, step, total) for step in range(total)]
+    axes.plot(range(1, total + 1), rates, color=ACCENTS[0], linewidth=2.0, label=schedule.kind)
+    axes.legend(frameon=False)
+    write(figure, out)
+
+
+def new_axes(x: str, y: str) -> tuple[Any, Any]:
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=130, layout="constrained")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(color=MUTED, alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Exponential moving average, corrected for its start (Kingma & Ba 2015, section 3)."""
+    average, result = 0.0, []
+    for count, value in enumerate(values, start=1):
+        average = SMOOTHING * average + (1 - SMOOTHING) * value
+        result.append(average / (1 - SMOOTHING**count))
+    return result
+
+
+def write(figure: Any, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,178 @@
+"""The map of a run: groups, data, plan, engine, resume, train, close."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from data_tools.training_data import TrainingData
+from model_providers.gpt import build_plan
+from model_providers.layer_plan import LayerPlan, Recompute
+from model_providers.partition import partition_by
+from pretrain.batches import Feed, open_run_data
+from pretrain.checkpoint import save_load
+from pretrain.checkpoint.state import RunState, layout_of, model_of
+from pretrain.checkpoint.store import TOKENIZER, WEIGHTS, folder_name, write_whole
+from pretrain.checkpoint.weights import WeightLoader
+from pretrain.config_io import Run, to_yaml
+from pretrain.config_rules import device_faults
+from pretrain.engine import preflight
+from pretrain.engine.base import Engine
+from pretrain.engine.groups import Groups, join
+from pretrain.engine.layers import tied_names
+from pretrain.engine.pipeline import build_pipeline_engine
+from pretrain.engine.zero import build_zero_engine
+from pretrain.errors import RunError
+from pretrain.evaluate import evaluate_all
+from pretrain.loop import Loop, Outcome
+from pretrain.monitor import banner, logs
+from pretrain.monitor.sinks import ConsoleSink, DeepSpeedMonitors, JsonLines, Sink
+
+log = logging.getLogger(__name__)
+
+SAMPLES_COMPARED = 8  # of those that come next, when a run resumes
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def train(run: Run) -> Outcome:
+    """Train ``run`` on the ranks that the launcher started; every rank calls it."""
+    groups = join(run.layout)
+    console = logs.start(groups.rank, run.folder if groups.is_first else None)
+    check_place(run, groups)
+    data = open_run_data(run, groups)
+    plan = make_plan(run, groups)
+    checkpoint = save_load.find(run, groups)
+    engine = make_engine(run, plan, groups)
+    state = save_load.load(checkpoint, engine) if checkpoint else make_state(run, data, step=0)
+    check_same_order(state, data, run)
+    feed = Feed(data.train, run, groups, consumed_samples=state.consumed_samples)
+    sinks = open_run_log(console, run, engine, plan, data, checkpoint, state) if groups.is_first else []
+    loop = Loop(
+        run=run,
+        engine=engine,
+        feed=feed,
+        evaluate=lambda: evaluate_all(engine, data, run),
+        save=lambda step: save(run, engine, data, step),
+        sinks=sinks,
+    )
+    try:
+        return loop.train(state.step)
+    finally:
+        feed.close()
+        for sink in sinks:
+            sink.close()
+
+
+def check_place(run: Run, groups: Groups) -> None:
+    """What can be known only on the machines: the device, the disk, the compilers."""
+    faults = device_faults(run, groups.device.type)
+    if not save_load.ranks_share_a_disk(run.folder, groups):
+        faults.append(
+            f"out={run.config.out}: rank {groups.rank} does not see what rank 0 wrote to {run.folder}; use a "
+            "folder on a disk that all nodes share"
+        )
+    faults += preflight.faults(run)
+    if groups.any_rank(bool(faults)):
+        raise RunError("; ".join(faults) or "another rank found a fault")
+
+
+def make_plan(run: Run, groups: Groups) -> LayerPlan:
+    """The model as layers, for this rank's place."""
+    config = run.config
+    return build_plan(
+        config.model,
+        run.layout,
+        groups.collection,
+        seed=config.train.seed,
+        sequence_length=config.data.sequence_length,
+        params_dtype=DTYPES[config.precision.dtype],
+        device=groups.device,
+        kernels=config.kernels,
+        recompute=Recompute(config.recompute.mode, config.recompute.every),
+    )
+
+
+def make_engine(run: Run, plan: LayerPlan, groups: Groups) -> Engine:
+    """The engine that the layout asks for, with initial weights from the seed or from `checkpoint.weights_from`."""
+    document = preflight.with_working_optimizer(dict(run.deepspeed))
+    arguments: dict[str, Any] = {"json": document, "optimizer": run.config.optimizer}
+    source = run.config.checkpoint.weights_from
+    if source is not None:
+        folder, layout = Path(source) / WEIGHTS, run.layout
+        arguments["prepare"] = [
+            WeightLoader(folder, tp_rank=groups.place.tp, tp=layout.tp, tied=tied_names(plan))
+        ]
+    if run.layout.pp == 1:
+        return build_zero_engine(plan, groups, **arguments)
+    return build_pipeline_engine(plan, groups, stage_bounds(run, plan), **arguments)
+
+
+def stage_bounds(run: Run, plan: LayerPlan) -> list[int]:
+    """The first layer of each pipeline stage, and the number of layers."""
+    costs = [layer.cost for layer in plan.layers]
+    return partition_by(
+        run.config.layout.partition,
+        [cost.parameters for cost in costs],
+        [cost.forward_flops_per_token for cost in costs],
+        run.layout.pp,
+    )
+
+
+def make_state(run: Run, data: TrainingData, *, step: int) -> RunState:
+    """What a checkpoint after ``step`` steps must remember."""
+    consumed_samples = step * run.global_size
+    return RunState(
+        step=step,
+        consumed_samples=consumed_samples,
+        tokens=step * run.tokens_per_step,
+        layout=layout_of(run),
+        model=model_of(run),
+        data_fingerprint=data.fingerprint(),
+        next_samples=data.next_samples_hash(consumed_samples, num_samples=SAMPLES_COMPARED),
+        seed=run.config.train.seed,
+    )
+
+
+def check_same_order(state: RunState, data: TrainingData, run: Run) -> None:
+    """A resumed run must meet the samples that it would have met."""
+    found = data.next_samples_hash(state.consumed_samples, num_samples=SAMPLES_COMPARED)
+    if (state.data_fingerprint, state.next_samples) != (data.fingerprint(), found):
+        raise RunError(
+            "data: the corpora, their weights, data.split, data.sequence_length or data.seed differ from "
+            f"those of the checkpoint at step {state.step}, so samples would repeat or be left out: put them "
+            "back; or start another run from these weights (name=..., "
+            f"checkpoint.weights_from={save_load.checkpoint_root(run) / folder_name(state.step)})"
+        )
+
+
+def save(run: Run, engine: Engine, data: TrainingData, step: int) -> None:
+    """A checkpoint after ``step`` steps."""
+    folder = save_load.save(run, engine, make_state(run, data, step=step), run.folder / TOKENIZER)
+    if engine.groups.is_first:
+        log.info("saved %s" if folder else "NOT saved for want of disk space: step %s", folder or step)
+
+
+def open_run_log(
+    console: Console,
+    run: Run,
+    engine: Engine,
+    plan: LayerPlan,
+    data: TrainingData,
+    checkpoint: Path | None,
+    state: RunState,
+) -> list[Sink]:
+    """The run folder's files, the banner and the sinks; rank 0 only."""
+    data.tokenizer.save(run.folder / TOKENIZER)
+    write_whole(run.folder / "run.yaml", to_yaml(run.config))
+    write_whole(run.folder / "deepspeed.json", json.dumps(run.deepspeed, indent=2) + "\n")
+    bounds = stage_bounds(run, plan) if run.layout.pp > 1 else []
+    banner.show(console, run, engine, plan, bounds=bounds, resumed=checkpoint)
+    texts = {"run": to_yaml(run.config), "deepspeed": json.dumps(run.deepspeed, indent=2)}
+    return [
+        JsonLines(run.folder / "metrics.jsonl", resumed_step=state.step),
+        DeepSpeedMonitors(engine.deepspeed.monitor, resumed_step=state.step, texts=texts),
+        ConsoleSink(console, num_steps=run.config.train.steps, first_step=state.step),
+    ]
