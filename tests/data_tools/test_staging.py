@@ -20,7 +20,12 @@ def test_nothing_appears_before_publish_and_everything_after(tmp_path: Path) -> 
         fill(staging, "1")
         assert [path.name for path in prefix.parent.iterdir()] == ["c.partial"]
         staging.publish()
-    assert sorted(path.name for path in prefix.parent.iterdir()) == ["c.bin", "c.idx", "c.json", "c.tokenizer"]
+    assert sorted(path.name for path in prefix.parent.iterdir()) == [
+        "c.bin",
+        "c.idx",
+        "c.json",
+        "c.tokenizer",
+    ]
 
 
 def test_publishing_replaces_an_older_corpus_whole(tmp_path: Path) -> None:
@@ -33,7 +38,9 @@ def test_publishing_replaces_an_older_corpus_whole(tmp_path: Path) -> None:
 
 def test_the_index_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[str] = []
-    monkeypatch.setattr("data_tools.staging.os.rename", lambda source, target: moved.append(Path(target).name))
+    monkeypatch.setattr(
+        "data_tools.staging.os.rename", lambda source, target: moved.append(Path(target).name)
+    )
     with Staging(tmp_path / "c") as staging:
         fill(staging, "1")
         staging.publish()
