@@ -14,11 +14,13 @@ from data_tools.tokenizer import Tokenizer, load_tokenizer
 class Corpus:
     """Opens ``PREFIX`` (``PREFIX.bin`` means the same) and checks that its parts belong together."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, check: bool = True):
         self.prefix = str(Path(str(path).removesuffix(".bin").removesuffix(".idx")).expanduser())
         self.index = IndexedReader(self.prefix)
         self.manifest: Manifest | None = load_manifest(self.prefix)
-        self._check_manifest()
+        fault = self.manifest_fault() if check else None
+        if fault is not None:
+            raise DataError(f"corpus={self.prefix}: {fault}; prepare it again, or delete {self.prefix}.json")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -38,17 +40,18 @@ class Corpus:
             )
         return load_tokenizer(str(folder))
 
-    def _check_manifest(self) -> None:
+    def manifest_fault(self) -> str | None:
+        """How the manifest contradicts the files, if it does."""
         if self.manifest is None:
-            return
+            return None
         said = (self.manifest.documents, self.manifest.tokens, self.manifest.dtype)
         found = (self.index.num_documents, self.index.num_tokens, self.index.dtype.name)
-        if said != found:
-            raise DataError(
-                f"corpus={self.prefix}: its manifest speaks of {said[0]} documents with {said[1]} tokens of "
-                f"{said[2]}, the files hold {found[0]} with {found[1]} of {found[2]}: they are of two runs; "
-                f"prepare it again, or delete {self.prefix}.json"
-            )
+        if said == found:
+            return None
+        return (
+            f"manifest: it speaks of {said[0]} documents with {said[1]} tokens of {said[2]}, the files hold "
+            f"{found[0]} with {found[1]} of {found[2]}: they are of two runs"
+        )
 
 
 def shared_vocab_size(corpora: Sequence[Corpus], *, tokenizer: str | None) -> int:

@@ -15,10 +15,20 @@ REPOSITORY = str(Path(__file__).resolve().parents[2])
 
 def make_index(prefix: Path, documents: Sequence[Sequence[int]], *, dtype: type = np.uint16) -> str:
     """A corpus without a manifest, as Megatron's own tools leave it."""
+    return make_sentences(prefix, [[tokens] for tokens in documents], dtype=dtype)
+
+
+def make_sentences(
+    prefix: Path, documents: Sequence[Sequence[Sequence[int]]], *, dtype: type = np.uint16
+) -> str:
+    """The same, with several sequences in a document."""
     with Staging(prefix) as staging:
         with IndexedWriter(staging, dtype=np.dtype(dtype)) as writer:
-            for tokens in documents:
-                writer.add(np.array(tokens, dtype=dtype), np.array([len(tokens)]))
+            for sentences in documents:
+                for tokens in sentences:
+                    writer.add_tokens(np.array(tokens, dtype=dtype))
+                lengths = np.array([len(tokens) for tokens in sentences], dtype=np.int64)
+                writer.add_lengths(lengths, sequences=np.array([len(sentences)]))
         staging.publish()
     return str(prefix)
 
