@@ -35,7 +35,7 @@ def lines(texts: list[str]) -> bytes:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
 
 
-def write_parquet(path: Path, **columns: list[object]) -> Path:
+def write_parquet(path: Path, **columns: list[str] | list[int]) -> Path:
     parquet.write_table(pyarrow.table(columns), path)
     return path
 

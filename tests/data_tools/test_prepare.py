@@ -145,7 +145,7 @@ def test_a_document_that_becomes_no_tokens_is_left_out(tmp_path: Path) -> None:
 def test_a_dead_worker_is_told_with_the_way_out(tmp_path: Path) -> None:
     spec = EncoderSpec("bytes", "text", append_end=True, dtype="uint16")
     with pytest.raises(DataError, match="workers=1: a worker process died, most often for lack of memory"):
-        list(encode_tasks(iter([(_Deadly(),)]), spec, num_workers=1))  # type: ignore[arg-type]
+        list(encode_tasks(iter([(_Deadly(),)]), spec, num_workers=1))  # type: ignore[list-item]
 
 
 class _Deadly:
