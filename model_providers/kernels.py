@@ -24,7 +24,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from model_providers.errors import ModelError
-from model_providers.portable import CoreAttention, GatedActivation, LeanSelfAttention, Norm, attend
+from model_providers.portable import (
+    CoreAttention,
+    GatedActivation,
+    Norm,
+    PortableSelfAttention,
+    RotatedSelfAttention,
+    attend,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +45,7 @@ class Kernels(NamedTuple):
     norm: Any
     column_linear: Any
     row_linear: Any
+    self_attention: Any
     core_attention: Any
     fuse: bool  # let megatron-core use its fused activation and bias-dropout-add
 
@@ -57,7 +65,9 @@ class Kernels(NamedTuple):
         return TransformerLayerSubmodules(
             input_layernorm=self.norm,
             self_attention=ModuleSpec(
-                module=LeanSelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+                module=self.self_attention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=attention,
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=self.norm,
@@ -121,7 +131,9 @@ def torch_kernels(device: str = "cpu") -> Kernels:
     name = "torch"
     if device == "cuda" and apex_obstacle() is None:
         norm, name = _apex_or_torch_norm, "torch with apex norms"
-    return Kernels(name, norm, ColumnParallelLinear, RowParallelLinear, CoreAttention, fuse=False)
+    return Kernels(
+        name, norm, ColumnParallelLinear, RowParallelLinear, PortableSelfAttention, CoreAttention, fuse=False
+    )
 
 
 def transformer_engine_kernels() -> Kernels:
@@ -130,6 +142,7 @@ def transformer_engine_kernels() -> Kernels:
         mcore_te.TENorm,
         mcore_te.TEColumnParallelLinear,
         mcore_te.TERowParallelLinear,
+        RotatedSelfAttention,
         _te_core_attention(),
         fuse=True,
     )

@@ -17,6 +17,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import nn
 
+from model_providers.fused import GatedSiLU, RMSNorm, SplitHeads
 from model_providers.masks import visible
 from model_providers.rotary import rotate
 
@@ -39,7 +40,9 @@ class Norm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [... h] -> [... h]
         if self.bias is None:
-            return F.rms_norm(x, self.shape, self.weight, self.eps)
+            if x.is_cuda:  # where torch has a fused kernel
+                return F.rms_norm(x, self.shape, self.weight, self.eps)
+            return RMSNorm.apply(x, self.weight, self.eps)
         return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
 
 
@@ -51,6 +54,8 @@ class GatedActivation(nn.Module):
         self.activation = config.activation_func
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.activation is F.silu:
+            return GatedSiLU.apply(x)
         gate, up = x.chunk(2, dim=-1)
         return self.activation(gate) * up
 
@@ -84,37 +89,56 @@ def attend(
     training: bool,
 ) -> torch.Tensor:
     """Causal attention by torch's SDPA: [sq b n d], [sk b g d] x 2 -> [sq b n*d]"""
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b n s d]
+    (sq, b, n, d), sk, g = query.shape, key.size(0), key.size(2)
     window = config.window_size[0] + 1 if config.window_size else None
-    seen = visible(q.size(2), k.size(2), window, hidden, q.device)
+    seen = visible(sq, sk, window, hidden, query.device)
     dropout = config.attention_dropout if training else 0.0
-    # Heads differ between tensor ranks, so each draws from its own stream; under sequence parallelism the
-    # block is in it already.
-    streams = (
-        tensor_parallel.get_cuda_rng_tracker().fork
-        if dropout and not config.sequence_parallel
-        else nullcontext
+    if n != g and seen is not None and seen.dim() == 4:
+        # A mask for each sequence cannot be broadcast over folded groups.
+        key, value = (x.repeat_interleave(n // g, dim=2) for x in (key, value))
+        g = n
+    q, k, v = (
+        fold_groups(query, key, value) if n != g else (x.permute(1, 2, 0, 3) for x in (query, key, value))
     )
-    with streams():
+    with own_stream(config) if dropout else nullcontext():
         out = F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=seen,
             dropout_p=dropout,
-            is_causal=seen is None and q.size(2) > 1,
-            scale=1.0 / math.sqrt(q.size(3)),
-            enable_gqa=q.size(1) != k.size(1),
+            is_causal=seen is None and sq > 1,
+            scale=1.0 / math.sqrt(d),
         )
-    return out.permute(2, 0, 1, 3).flatten(2)  # [b n s d] -> [s b n*d]
+    # [b n sq d], or folded [b*g n/g sq d] -> [sq b n*d]
+    return out.view(b, -1, *out.shape[1:]).permute(3, 0, 1, 2, 4).reshape(sq, b, n * d)
 
 
-class LeanSelfAttention(SelfAttention):
-    """megatron-core's self-attention with a shorter way from the projection to the core: rotation in fused
-    passes from a table made once, and keys cached after rotation.  Parameters and their names are the
-    parent's.
+def fold_groups(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Heads that share a key become one "sequence" of a larger batch: [s b n d], [s b g d] x 2 -> [b*g n/g s
+    d] x 3.
 
-    ``rotary_pos_emb`` is the pair of cosines and sines for the positions at hand.
+    Views only.  SDPA's own ``enable_gqa`` leaves the fused kernel on the CPU: three times slower (measured).
+    """
+    s, b, g, d = key.shape
+    q = query.unflatten(2, (g, -1)).permute(1, 2, 3, 0, 4).flatten(0, 1)
+    shape = (b * g, q.size(1), s, d)
+    k, v = (x.permute(1, 2, 0, 3).flatten(0, 1).unsqueeze(1).expand(shape) for x in (key, value))
+    return q, k, v
+
+
+def own_stream(config: Any) -> Any:
+    """Heads differ between tensor ranks, so each draws its dropout from its own stream; under sequence
+    parallelism the block is in it already.
+    """
+    return nullcontext() if config.sequence_parallel else tensor_parallel.get_cuda_rng_tracker().fork()
+
+
+class RotatedSelfAttention(SelfAttention):
+    """megatron-core's self-attention with rotation by a table made once, and keys cached after rotation.
+
+    ``rotary_pos_emb`` is the table's cosines and sines for the positions at hand; megatron-core would compute
+    both from angles twice in every layer.  Parameters and their names are the parent's.
     """
 
     def forward(  # type: ignore[override]
@@ -126,17 +150,22 @@ class LeanSelfAttention(SelfAttention):
         rotary_pos_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
         **unused: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query, key, value = self.get_query_key_value_tensors(hidden_states)  # [s b n/tp d], [s b g/tp d] x 2
-        if rotary_pos_emb is not None:
-            query, key = rotate(query, *rotary_pos_emb), rotate(key, *rotary_pos_emb)
+        query, key, value = self.heads(hidden_states, rotary_pos_emb)  # [s b n/tp d], [s b g/tp d] x 2
         if inference_context is not None:
             key, value = self._extend_cache(inference_context, key, value)
-        mask_type = self._mask_type(query.size(0), key.size(0))
-        attend = self.core_attention
+        core = self.core_attention
         if self.checkpoint_core_attention and self.training:
-            attend = self._checkpointed_attention_forward
-        core = attend(query, key, value, attention_mask, attn_mask_type=mask_type)
-        return self.linear_proj(core)  # [s b n/tp*d] -> [s b h]
+            core = self._checkpointed_attention_forward
+        mask_type = self._mask_type(query.size(0), key.size(0))
+        return self.linear_proj(core(query, key, value, attention_mask, attn_mask_type=mask_type))  # [s b h]
+
+    def heads(
+        self, hidden_states: torch.Tensor, angles: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        query, key, value = self.get_query_key_value_tensors(hidden_states)
+        if angles is not None:
+            query, key = rotate(query, *angles), rotate(key, *angles)
+        return query, key, value
 
     def _extend_cache(
         self, cache: Any, key: torch.Tensor, value: torch.Tensor
@@ -157,3 +186,17 @@ class LeanSelfAttention(SelfAttention):
         if sq == sk:
             return self.attn_mask_type
         return AttnMaskType.no_mask if sq == 1 else AttnMaskType.causal_bottom_right
+
+
+class PortableSelfAttention(RotatedSelfAttention):
+    """For SDPA: from the projection to rotated heads in one function (see SplitHeads)."""
+
+    def heads(
+        self, hidden_states: torch.Tensor, angles: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if self.config.qk_layernorm or self.config.num_query_groups < self.world_size:
+            return super().heads(hidden_states, angles)
+        joined, _ = self.linear_qkv(hidden_states)  # [s b h] -> [s b g/tp*(n/g + 2)*d]
+        grouped = (self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head)
+        cos, sin = angles or (None, None)
+        return SplitHeads.apply(joined.unflatten(-1, grouped), cos, sin)

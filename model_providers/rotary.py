@@ -67,52 +67,52 @@ class RotaryTable:
         self._made: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def cos_sin(self, start: int, end: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions start..end-1, in the dtype and on the device of ``like``: two of [s 1 1 rotary/2]"""
+        """Positions start..end-1, in the dtype and on the device of ``like``: [s 1 1 w] and [s 1 1 w/2]
+
+        w is the rotary width; the cosine stands twice because it multiplies both halves.
+        """
         key = (like.device, like.dtype)
         if key not in self._made or self._made[key][0].size(0) < end:
-            angles = self.angles(end).to(like.device)
+            positions = torch.arange(end, dtype=torch.float32)
+            angles = torch.outer(positions, self.frequencies)[:, None, None]  # [s 1 1 w/2]
             cos, sin = angles.cos() * self.scale, angles.sin() * self.scale
-            self._made[key] = (cos.to(like.dtype)[:, None, None], sin.to(like.dtype)[:, None, None])
+            self._made[key] = (torch.cat((cos, cos), dim=-1).to(like), sin.to(like))
         cos, sin = self._made[key]
         return cos[start:end], sin[start:end]
 
-    def angles(self, length: int) -> torch.Tensor:
-        """float32 [s rotary/2]"""
-        return torch.outer(torch.arange(length, dtype=torch.float32), self.frequencies)
 
-    def mcore_angles(self, length: int, device: torch.device) -> torch.Tensor:
-        """As megatron-core's own attention takes them: [s 1 1 rotary], each angle twice."""
-        angles = self.angles(length).to(device)
-        return torch.cat((angles, angles), dim=-1)[:, None, None]
+def turn(x: torch.Tensor, out: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> None:
+    """out = x turned by the angles, or a copy without; x and out [s b ... d], cos [s 1 1 w], sin [s 1 1 w/2].
 
-
-def rotate_(x: torch.Tensor, out: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """out = x turned; x and out [s b n d], cos and sin [s 1 1 rotary/2]; what lies beyond the rotary width is
-    copied.
+    Three passes, and the half-width ones in place: (x1 cos - x2 sin, x2 cos + x1 sin).
     """
-    half = cos.size(-1)
-    x1, x2 = x[..., :half], x[..., half : 2 * half]
-    torch.mul(x1, cos, out=out[..., :half]).addcmul_(x2, sin, value=-1)
-    torch.mul(x2, cos, out=out[..., half : 2 * half]).addcmul_(x1, sin)
+    if cos is None or sin is None:
+        out.copy_(x)
+        return
+    shape = (x.size(0), *[1] * (x.dim() - 2), -1)
+    cos, sin = cos.view(shape), sin.view(shape)
+    half = sin.size(-1)
+    torch.mul(x[..., : 2 * half], cos, out=out[..., : 2 * half])
+    out[..., :half].addcmul_(x[..., half : 2 * half], sin, value=-1)
+    out[..., half : 2 * half].addcmul_(x[..., :half], sin)
     if 2 * half < x.size(-1):
-        out[..., 2 * half :].copy_(x[..., 2 * half :])
+        out[..., 2 * half :] = x[..., 2 * half :]
 
 
 class Rotate(torch.autograd.Function):
-    """One tensor turned in two fused passes; the gradient is turned back by the same angle."""
+    """One tensor turned; its gradient is turned back by the same angle."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(cos, sin)
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        rotate_(x, out, cos, sin)
+        ctx.cos, ctx.sin = cos, sin
+        out = torch.empty_like(x)
+        turn(x, out, cos, sin)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        cos, sin = ctx.saved_tensors
-        grad_x = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
-        rotate_(grad, grad_x, cos, -sin)
+        grad_x = torch.empty_like(grad)
+        turn(grad, grad_x, ctx.cos, -ctx.sin)
         return grad_x, None, None
 
 

@@ -1,0 +1,93 @@
+"""Autograd functions that touch memory less often than their plain spelling: RMSNorm, gated SiLU, and the way
+from the joined query-key-value projection to rotated heads.
+
+Eager torch pays for every pass over an activation.  On the CPU at 2048 tokens x 256 (fp32, 2 threads,
+measured): F.rms_norm forward and backward 4.3 ms, RMSNorm here 1.3.  Gradients are exact; the tests compare
+them in float64.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from model_providers.rotary import turn
+
+
+class RMSNorm(torch.autograd.Function):
+    """y = x / rms(x) * w over the last dimension, in fp32 inside (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)  # [... 1]
+        inverse = length.square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        """With n = x / rms(x): dw = sum(g n), dx = (g w - n mean(g w n)) / rms(x)"""
+        x, weight, inverse = ctx.saved_tensors
+        width = x.size(-1)
+        normal = x * inverse
+        product = (grad * normal).reshape(-1, width)
+        grad_weight = product.sum(dim=0).to(weight.dtype)
+        mean = torch.mv(product, weight.to(product.dtype)).view(inverse.shape).div_(-width)
+        grad_x = normal.mul_(mean).addcmul_(grad, weight).mul_(inverse)
+        return grad_x.to(x.dtype), grad_weight, None
+
+
+class GatedSiLU(torch.autograd.Function):
+    """[... 2f] -> [... f]: silu(first half) x second half, keeping only the input for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, dim=-1)
+        grad_x = torch.empty_like(x)
+        grad_gate, grad_up = grad_x.chunk(2, dim=-1)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        torch.ops.aten.silu.out(gate, out=grad_up)
+        grad_up.mul_(grad)
+        return grad_x
+
+
+class SplitHeads(torch.autograd.Function):
+    """[s b g (r+2) d] -> query [s b g*r d], key and value [s b g d], query and key rotated.
+
+    All three lie in memory as [b n s d], which SDPA's CPU kernel reads a fifth faster than slices of the
+    projection; the gradient is written straight into the projection's layout.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, joined: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        s, b, g, parts, d = joined.shape
+        r = parts - 2
+        query, key, value = (joined.new_empty(b, g * n, s, d).permute(2, 0, 1, 3) for n in (r, 1, 1))
+        turn(joined[..., :r, :], query.unflatten(2, (g, r)), cos, sin)
+        turn(joined[..., r : r + 1, :], key.unsqueeze(3), cos, sin)
+        value.copy_(joined[..., r + 1, :])
+        ctx.cos, ctx.sin = cos, sin
+        return query, key, value
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_query: torch.Tensor, grad_key: torch.Tensor, grad_value: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        s, b, g, d = grad_key.shape
+        r = grad_query.size(2) // g
+        back = None if ctx.sin is None else -ctx.sin
+        joined = grad_key.new_empty(s, b, g, r + 2, d)
+        turn(grad_query.unflatten(2, (g, r)), joined[..., :r, :], ctx.cos, back)
+        turn(grad_key.unsqueeze(3), joined[..., r : r + 1, :], ctx.cos, back)
+        joined[..., r + 1, :] = grad_value
+        return joined, None, None

@@ -1,0 +1,106 @@
+"""What the formulae count is what gets built, and what the papers print."""
+
+from typing import Any
+
+import pytest
+
+from model_providers.config import ModelConfig
+from model_providers.cost import (
+    block_forward_flops,
+    layer_costs,
+    parameters,
+    state_bytes_per_parameter,
+    train_flops_per_token,
+)
+from model_providers.errors import ModelError
+from model_providers.presets import get_preset
+from tests.model_providers.plans import build, gpt2_like, llama_like
+
+MIXES = {
+    "llama": llama_like(),
+    "gpt2": gpt2_like(),
+    "untied, qkv bias, qk-norm": llama_like(tie_embeddings=False, qkv_bias=True, qk_norm=True),
+    "layernorm with qk-norm": gpt2_like(qk_norm=True, tie_embeddings=False),
+    "wide heads, multi-query, squared relu": llama_like(
+        head_dim=16, num_kv_heads=1, activation="squared_relu"
+    ),
+    "derived ffn, no positions": llama_like(ffn_hidden_size=None, position_embedding="none"),
+    "derived plain ffn, unpadded": gpt2_like(ffn_hidden_size=None, pad_vocab_to_multiple_of=1),
+}
+
+
+@pytest.mark.parametrize("model", MIXES.values(), ids=MIXES)
+def test_parameters_are_those_of_the_built_model(model: ModelConfig) -> None:
+    built = build(model)
+    assert sum(parameter.numel() for parameter in built.layers.parameters()) == parameters(model)
+    seen: set[int] = set()
+    for layer, module in zip(built.plan.layers, built.layers.values(), strict=True):
+        own = [parameter for parameter in module.parameters() if id(parameter) not in seen]
+        seen |= {id(parameter) for parameter in own}
+        assert layer.cost.parameters == sum(parameter.numel() for parameter in own), layer.name
+
+
+@pytest.mark.parametrize(
+    ("attention", "share"), [("full", 12), ("causal", 6)], ids=["Narayanan 2021", "Megatron-LM since 2025"]
+)
+def test_train_flops_follow_the_published_conventions(attention: Any, share: int) -> None:
+    """6 (L (2 h^2 (1 + kv/heads) + m h ffn) + V h) + A L h s, with A = 12 or 6 (gated m = 3)."""
+    for name, m in (("llama3-8b", 3), ("megatron-1t", 2)):
+        model, s = get_preset(name), 2048
+        layers, h, kv = model.num_layers, model.hidden_size, model.kv_heads / model.num_attention_heads
+        linear = layers * (2 * h**2 * (1 + kv) + m * h * model.ffn_width) + model.known_vocab_size * h
+        wanted = 6 * linear + share * layers * h * s
+        assert train_flops_per_token(model, s, attention) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_a_window_costs_less() -> None:
+    full, windowed = llama_like(), llama_like(sliding_window=4)
+    assert block_forward_flops(windowed, 64) < block_forward_flops(full, 64)
+    assert block_forward_flops(llama_like(sliding_window=64), 64) == block_forward_flops(full, 64)
+
+
+def korthikanti(tp: int, sequence_parallel: bool, recompute: Any) -> float:
+    """Bytes per token and width of one GPT block, unfused attention."""
+    model = get_preset("gpt2-124m")
+    costs = layer_costs(
+        model,
+        1024,
+        recompute=recompute,
+        tp=tp,
+        sequence_parallel=sequence_parallel,
+        bytes_per_value=2,
+        flash=False,
+    )
+    return costs[1].activation_bytes_per_token / model.hidden_size
+
+
+def test_activation_bytes_are_those_of_korthikanti() -> None:
+    """Table 2 of arXiv:2205.05198, per s b h: 34 + 5as/h, 10 + 24/t + 5as/ht, 34/t + 5as/ht, 34/t, 2."""
+    scores = 5 * 12 * 1024 / 768
+    assert korthikanti(1, False, "none") == pytest.approx(34 + scores)
+    assert korthikanti(4, False, "none") == pytest.approx(10 + 24 / 4 + scores / 4)
+    assert korthikanti(4, True, "none") == pytest.approx(34 / 4 + scores / 4)
+    assert korthikanti(4, True, "selective") == pytest.approx(34 / 4)
+    assert korthikanti(1, False, "full") == pytest.approx(2)
+
+
+def test_fused_attention_keeps_no_scores() -> None:
+    model = get_preset("gpt2-124m")
+    with_scores, without = (
+        layer_costs(model, 1024, flash=flash)[1].activation_bytes_per_token for flash in (False, True)
+    )
+    assert without < with_scores / 2
+
+
+def test_adam_needs_sixteen_bytes_a_parameter() -> None:
+    """Rajbhandari et al. 2020, section 3.1: 2 + 2 + 12."""
+    assert state_bytes_per_parameter("bf16") == (2, 2, 12)
+    assert state_bytes_per_parameter("bf16", gradient_dtype="fp32") == (2, 4, 12)
+    assert state_bytes_per_parameter("fp32").total == 16
+
+
+def test_unknown_words_are_refused() -> None:
+    with pytest.raises(ModelError, match="attention=half: unknown; choose causal or full"):
+        train_flops_per_token(llama_like(), 16, "half")  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="dtype=fp8: unknown; choose one of fp32, bf16, fp16"):
+        state_bytes_per_parameter("fp8")  # type: ignore[arg-type]

@@ -1,0 +1,94 @@
+"""The presets have the published numbers of parameters."""
+
+import pytest
+
+from model_providers.cost import parameters
+from model_providers.errors import ModelError
+from model_providers.presets import PRESETS, get_preset, model_from
+
+# Exact: what transformers counts in the released checkpoints.
+EXACT = {
+    "gpt2-124m": 124_439_808,
+    "gpt2-355m": 354_823_168,
+    "gpt2-774m": 774_030_080,
+    "gpt2-1.5b": 1_557_611_200,
+    "llama2-7b": 6_738_415_616,
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+    "llama3-405b": 405_853_388_800,
+}
+# As printed, in billions, with the tolerance that the printing leaves.
+PRINTED = {
+    "gpt3-125m": 0.125,
+    "gpt3-350m": 0.356,
+    "gpt3-760m": 0.760,
+    "gpt3-1.3b": 1.3,
+    "gpt3-2.7b": 2.7,
+    "gpt3-6.7b": 6.7,
+    "gpt3-13b": 13.0,
+    "gpt3-175b": 175.0,
+    "megatron-1.7b": 1.7,
+    "megatron-3.6b": 3.6,
+    "megatron-7.5b": 7.5,
+    "megatron-18b": 18.4,
+    "megatron-39b": 39.1,
+    "megatron-76b": 76.1,
+    "megatron-145b": 145.6,
+    "megatron-310b": 310.1,
+    "megatron-530b": 529.6,
+    "megatron-1t": 1008.0,
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_released_models_are_counted_exactly(name: str) -> None:
+    assert parameters(get_preset(name), padded=False) == EXACT[name]
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_printed_sizes_are_met(name: str) -> None:
+    tolerance = 0.03 if name.startswith(("megatron-1.7b", "gpt3")) else 0.011
+    assert parameters(get_preset(name), padded=False) / 1e9 == pytest.approx(PRINTED[name], rel=tolerance)
+
+
+def test_megatron_formula_of_table_1() -> None:
+    """P = 12 l h^2 (1 + 13 / 12h + (V + s) / 12lh), Narayanan et al. 2021, equation 2; it forgets the last
+    norm, 2h.
+    """
+    for name in PRINTED:
+        model = get_preset(name)
+        if name.startswith("megatron"):
+            layers, h = model.num_layers, model.hidden_size
+            formula = (
+                12 * layers * h**2
+                + 13 * layers * h
+                + (model.known_vocab_size + model.max_sequence_length) * h
+            )
+            assert parameters(model) == formula + 2 * h
+
+
+def test_every_preset_is_tested_or_ours() -> None:
+    assert set(PRESETS) == {*EXACT, *PRINTED, "tiny", "demo"}
+
+
+def test_the_demo_is_small_and_modern() -> None:
+    demo = get_preset("demo")
+    assert 5e6 <= parameters(demo) <= 10e6
+    assert (demo.normalization, demo.position_embedding, demo.activation) == ("rmsnorm", "rotary", "swiglu")
+    assert demo.kv_heads < demo.num_attention_heads and demo.vocab_size in (4096, 8192)
+
+
+def test_an_unknown_preset_suggests_the_nearest() -> None:
+    with pytest.raises(
+        ModelError, match=r"preset=lama3-8b: unknown; did you mean llama3-8b\? known: tiny, demo"
+    ):
+        get_preset("lama3-8b")
+    with pytest.raises(ModelError, match="preset=zzz: unknown; known: tiny"):
+        get_preset("zzz")
+
+
+def test_facts_go_on_top_of_a_preset() -> None:
+    model = model_from({"num_layers": 3}, preset="gpt2-124m")
+    assert (model.num_layers, model.hidden_size) == (3, 768)
+    with pytest.raises(ModelError, match="num_layers: missing; give it, or name a preset"):
+        model_from({"hidden_size": 8, "num_attention_heads": 1})
