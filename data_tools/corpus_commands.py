@@ -50,7 +50,7 @@ def inspect(
 
 @app.command()
 def merge(
-    prefixes: Annotated[list[str], typer.Argument(metavar="PREFIX...", help="the corpora to join, in order")],
+    prefixes: Annotated[list[str], typer.Argument(metavar="PREFIX", help="the corpora to join, in order")],
     out: Annotated[str, typer.Option(metavar="PREFIX", help="where the joint corpus goes")],
     force: Annotated[bool, typer.Option("--force", help="replace whatever corpus --out holds")] = False,
 ) -> None:
@@ -70,7 +70,7 @@ def merge(
 
 @app.command()
 def verify(
-    prefixes: Annotated[list[str], typer.Argument(metavar="PREFIX...", help="the corpora to check")],
+    prefixes: Annotated[list[str], typer.Argument(metavar="PREFIX", help="the corpora to check")],
     tokenizer: Annotated[
         str | None, typer.Option(help="checks ids against its vocabulary; by default the manifest's")
     ] = None,

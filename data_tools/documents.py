@@ -48,13 +48,21 @@ class Skip:
 
     reason: str
     source: str
-    line: int | None
+    line: int
     detail: str = ""
 
     def __str__(self) -> str:
-        place = self.source if self.line is None else f"{self.source}:{self.line}"
-        detail = f" ({self.detail})" if self.detail else ""
-        return f"{place}: {self.reason}{detail}; {ADVICE[self.reason]}"
+        return f"{self.source}:{self.line}: {self.reason}{self._detail}; {ADVICE[self.reason]}"
+
+    def as_first_of(self, amount: str) -> str:
+        """The account of all records with this reason: how many, where the first is, and what to do."""
+        return (
+            f"{self.reason} in {amount}, first {self.source}:{self.line}{self._detail}; {ADVICE[self.reason]}"
+        )
+
+    @property
+    def _detail(self) -> str:
+        return f" ({self.detail})" if self.detail else ""
 
 
 @dataclass
@@ -75,6 +83,10 @@ class Skips:
         for reason, skip in later.examples.items():
             self.examples.setdefault(reason, skip)
         self.first = self.first or later.first
+
+    def accounts(self) -> list[str]:
+        """One line for each reason."""
+        return [skip.as_first_of(_records_of(self.counts[reason])) for reason, skip in self.examples.items()]
 
     def by_reason(self) -> dict[str, int]:
         return dict(sorted(self.counts.items()))
@@ -122,11 +134,15 @@ def nothing_left(skips: Skips) -> DataError:
     if not skips.counts:
         return DataError("no document is left: the inputs hold no record at all; give files that hold text")
     reason, count = skips.counts.most_common(1)[0]
-    example = skips.examples[reason]
     total = skips.counts.total()
-    return DataError(
-        f"no document is left: {count} of {total} records were left out as {reason!r}, first {example}"
-    )
+    amount = f"{count:,} of {_records_of(total)}"
+    if count == total:
+        amount = f"all {_records_of(total)}" if total > 1 else "the only record"
+    return DataError(f"no document is left: {skips.examples[reason].as_first_of(amount)}")
+
+
+def _records_of(count: int) -> str:
+    return f"{count:,} record" + ("" if count == 1 else "s")
 
 
 def _take(found: Documents, block: Block, line: int, value: str) -> None:
@@ -174,12 +190,15 @@ def _decode(block: Block, line: int, data: bytes) -> str | Skip:
 
 
 def _json(block: Block, line: int, data: bytes, text_field: str) -> str | Skip:
+    text = _decode(block, line, data)  # given bytes, json.loads would guess at UTF-16 and UTF-32
+    if isinstance(text, Skip):
+        return text
     try:
-        record = json.loads(data)
-    except UnicodeDecodeError as error:
-        return Skip(NOT_UTF8, block.source, line, f"byte 0x{data[error.start]:02x}")
-    except (ValueError, RecursionError) as error:
-        return Skip(BROKEN_JSON, block.source, line, str(error).splitlines()[0])
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        return Skip(BROKEN_JSON, block.source, line, f"{error.msg} at column {error.colno}")
+    except RecursionError:
+        return Skip(BROKEN_JSON, block.source, line, "nested too deeply")
     if not isinstance(record, dict):
         return Skip(BROKEN_JSON, block.source, line, f"a {type(record).__name__}, not an object")
     if text_field not in record:

@@ -177,7 +177,7 @@ def _difference(
     there: Manifest, recipe: Recipe, sources: Sequence[Source], record: TokenizerRecord
 ) -> str | None:
     if there.options != recipe.options():
-        return f"made with {there.options}"
+        return _options_that_differ(there.options, recipe.options())
     if (there.tokenizer.fingerprint, there.tokenizer.end_of_document) != (
         record.fingerprint,
         record.end_of_document,
@@ -193,12 +193,20 @@ def _difference(
     return None
 
 
+def _options_that_differ(there: dict[str, Any], asked: dict[str, Any]) -> str:
+    if "merged" in there:
+        return "made by merging"
+    return "made with " + ", ".join(
+        f"{name}={value}" for name, value in there.items() if asked.get(name) != value
+    )
+
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.command()
 def command(
-    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help=KINDS, show_default=False)],
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT", help=KINDS, show_default=False)],
     tokenizer: Annotated[
         str,
         typer.Option(

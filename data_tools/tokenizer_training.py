@@ -7,10 +7,12 @@ The same input gives the same file.
 import math
 import re
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -21,6 +23,8 @@ from data_tools.errors import DataError
 from data_tools.progress import Meter, progress
 from data_tools.readers.source import ReadOptions, TxtDocuments
 from data_tools.staging import write_whole
+
+Result = TypeVar("Result")
 
 END_OF_DOCUMENT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # every byte value and the end of a document
@@ -47,6 +51,20 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(_without_giant_words(texts), trainer)
     return tokenizer
+
+
+def interruptible(work: Callable[[], Result]) -> Result:
+    """Do ``work`` in a thread, so that Ctrl-C ends the wait: the library's training does not look for signals."""
+    done: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return done.result()
 
 
 def _without_giant_words(texts: Iterable[str]) -> Iterator[str]:
@@ -111,7 +129,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 @app.command()
 def command(
-    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help=KINDS, show_default=False)],
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT", help=KINDS, show_default=False)],
     vocab_size: Annotated[
         int, typer.Option(help="number of pieces, the 256 bytes and the end token among them")
     ],
@@ -132,7 +150,8 @@ def command(
     started_s = time.monotonic()
     try:
         with progress("tokenizer: reading", total_bytes=text.total_bytes) as meter:
-            tokenizer = train_tokenizer(text.read(strict=strict, meter=meter), vocab_size=vocab_size)
+            texts = text.read(strict=strict, meter=meter)
+            tokenizer = interruptible(lambda: train_tokenizer(texts, vocab_size=vocab_size))
     except KeyboardInterrupt:
         print(f"interrupted: {out} was not written", file=sys.stderr)
         raise typer.Exit(INTERRUPTED_EXIT_CODE) from None
@@ -146,8 +165,8 @@ def _tell(tokenizer: Tokenizer, text: TrainingText, out: Path, *, asked: int, el
     print(f"{text.text_bytes / 1e6:.1f} MB, in {elapsed_s:.1f} s")
     if found < asked:
         print(f"note: the text yields {found:,} pieces, not {asked:,}: give more text or ask for fewer")
-    for reason, example in text.skips.examples.items():
-        print(f"left out {text.skips.counts[reason]:,} as {reason!r}, first {example}")
+    for account in text.skips.accounts():
+        print(f"left out: {account}")
     print(f"next: megaloom prepare INPUT... --tokenizer {out} --out PREFIX")
 
 

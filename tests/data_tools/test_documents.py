@@ -41,6 +41,7 @@ def test_json_records_give_their_field() -> None:
         ("json", b'{"text": null}', "not text ('text' is null)"),
         ("json", b'{"text": 5}', "'text' is int"),
         ("json", b'{"text": "\xff"}', "in:1: not UTF-8 (byte 0xff)"),
+        ("json", b"\xff\xfe{}", "in:1: not UTF-8 (byte 0xff)"),
         ("json", b'{"text": "\\ud800"}', "half a surrogate pair"),
         ("json", b'{"text": " \\n"}', "in:1: empty"),
         ("text", b"fine\nfine\nna\xefve\n", "in:3: not UTF-8 (byte 0xef); convert it"),
@@ -84,6 +85,10 @@ def test_when_nothing_is_left_the_most_frequent_reason_is_told() -> None:
     payload = b'{"content": "a"}\n' * 3 + b"{\n"
     found = read_documents((Block("in", 1, "json", payload, 0),), text_field="text")
     message = str(nothing_left(found.skips))
-    assert "3 of 4 records were left out as 'missing field'" in message
-    assert "fields there: content" in message and "--field NAME" in message
+    assert "missing field in 3 of 4 records, first in:1 (no 'text'; fields there: content)" in message
+    assert message.endswith("name the field that holds the text with --field NAME")
+    one = read_documents((Block("in", 1, "json", b"{", 0),), text_field="text")
+    assert "broken JSON in the only record, first in:1" in str(nothing_left(one.skips))
+    two = read_documents((Block("in", 1, "json", b"{\n{", 0),), text_field="text")
+    assert "broken JSON in all 2 records" in str(nothing_left(two.skips))
     assert "the inputs hold no record at all" in str(nothing_left(Skips()))

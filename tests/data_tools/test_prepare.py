@@ -173,8 +173,8 @@ def test_the_command_prints_counts_reasons_and_what_comes_next(
     told = capsys.readouterr().out
     assert "documents   1\n" in told
     assert "tokens      6 (uint16, 0.83 bytes of text per token)" in told
-    assert "left out    1 records (1 broken JSON)" in told
-    assert "left out 1 as 'broken JSON', first in.jsonl:2: broken JSON" in told
+    assert "left out    1 record (1 broken JSON)" in told
+    assert "broken JSON in 1 record, first in.jsonl:2 (Expecting property name" in told
     assert "note: 1 document: the train/valid/test split goes by documents" in told
     assert "next        megaloom data inspect c" in told
     assert run("in.jsonl", "--tokenizer", "bytes", "--out", "c") == 0

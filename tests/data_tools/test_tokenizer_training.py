@@ -1,6 +1,9 @@
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,7 @@ import tokenizers
 
 from data_tools.errors import DataError
 from data_tools.tokenizer import load_tokenizer
-from data_tools.tokenizer_training import main, train_tokenizer
+from data_tools.tokenizer_training import interruptible, main, train_tokenizer
 from tests.data_tools.making import REPOSITORY, words, write_jsonl
 
 
@@ -37,7 +40,7 @@ def test_the_command_tells_what_it_did_and_what_comes_next(
     told = capsys.readouterr().out
     assert "on 1 documents" in told
     assert "not 5,000: give more text or ask for fewer" in told
-    assert "left out 1 as 'empty', first in.jsonl:2" in told.replace(str(here) + "/", "")
+    assert "left out: empty in 1 record, first in.jsonl:2; remove it" in told.replace(f"{here}/", "")
     assert "megaloom prepare INPUT... --tokenizer t.json" in told
 
 
@@ -82,6 +85,24 @@ def test_ctrl_c_says_that_nothing_was_written(
         main(["in.jsonl", "--vocab-size", "300", "--out", "t.json"])
     assert left.value.code == 130
     assert "interrupted: t.json was not written" in capsys.readouterr().err
+
+
+def test_work_in_native_code_can_be_interrupted() -> None:
+    threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    started_s = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        interruptible(lambda: time.sleep(10))
+    assert time.monotonic() - started_s < 5
+    assert interruptible(lambda: 3) == 3
+    with pytest.raises(DataError, match="is below 257"):
+        interruptible(lambda: train_tokenizer(["a"], vocab_size=1))
+
+
+def test_a_run_of_a_million_letters_does_not_stall_training() -> None:
+    text = "a" * 1_000_000 + "\n" + " " * 1_000_000
+    started_s = time.monotonic()
+    assert train_tokenizer([text, words(1)], vocab_size=290).get_vocab_size() > 257
+    assert time.monotonic() - started_s < 20
 
 
 def _run(*words: str) -> None:
