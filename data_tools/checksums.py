@@ -7,6 +7,7 @@ from itertools import groupby
 from threading import Event
 from types import TracebackType
 
+from data_tools.corpora import data_files
 from data_tools.manifest import InputRecord
 from data_tools.readers.source import Source
 
@@ -46,8 +47,7 @@ class Checksums:
         return tuple(records)
 
     def _record(self, source: Source) -> InputRecord:
-        files = [source.name] if source.reader != "hub" else _hub_files(source)
-        parts = [self._digest(file) for file in files]
+        parts = [self._digest(file) for file in data_files(source)]
         digest = parts[0][0] if len(parts) == 1 else _combine(sha for sha, _ in parts)
         return InputRecord(
             path=source.name, bytes=sum(size for _, size in parts), sha256=digest, files=len(parts)
@@ -71,9 +71,3 @@ def _together(name: str, records: list[InputRecord]) -> InputRecord:
 
 def _combine(digests: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
-
-
-def _hub_files(source: Source) -> list[str]:
-    from data_tools.readers import hub  # imports `datasets`: a second, paid only by those who read one
-
-    return hub.data_files(source)

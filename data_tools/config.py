@@ -46,16 +46,21 @@ def _as_refs(value: Any) -> Any:
     return tuple({"path": item} if isinstance(item, str) else item for item in value)
 
 
-def _have_a_weight(refs: tuple[CorpusRef, ...]) -> tuple[CorpusRef, ...]:
+def _make_a_blend(refs: tuple[CorpusRef, ...]) -> tuple[CorpusRef, ...]:
     if not refs:
         raise ValueError("no corpus is named: give a prefix that `megaloom prepare --out PREFIX` wrote")
     if not any(ref.weight for ref in refs):
         paths = ", ".join(ref.path for ref in refs)
         raise ValueError(f"weight=0 for every corpus ({paths}): give at least one a positive weight")
+    for ref in refs:
+        if sum(other.path == ref.path for other in refs) > 1:
+            raise ValueError(
+                f"path={ref.path} is named twice in one blend: name it once, with the sum as weight"
+            )
     return refs
 
 
-Corpora = Annotated[tuple[CorpusRef, ...], BeforeValidator(_as_refs), AfterValidator(_have_a_weight)]
+Corpora = Annotated[tuple[CorpusRef, ...], BeforeValidator(_as_refs), AfterValidator(_make_a_blend)]
 
 
 class DataConfig(BaseModel):

@@ -7,8 +7,9 @@ folders are read recursively, sorted by path.
 import importlib
 import os
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from data_tools.documents import Block
 from data_tools.errors import DataError
@@ -17,14 +18,28 @@ from data_tools.readers.source import BLOCK_BYTES, HUB_PREFIX, ReadOptions, Sour
 STDLIB = "stdlib"
 MAX_BLOCKS_PER_TASK = 4096
 
-# reader -> module and function.  Loaded by name when an input asks for them, because datasets and pyarrow are
-# slow to import and zstandard and pyarrow are not needed by those who have plain text.
+
+class Reader(NamedTuple):
+    """A module by name, and its functions.
+
+    Loaded when an input asks for it, because datasets and pyarrow are slow to import, and they and zstandard
+    are not needed by those who have plain text.
+    """
+
+    module: str
+    blocks: str = "blocks"  # (source, options) -> blocks
+    data_files: str | None = None  # (source) -> the files that hold it, where that is not its name
+
+    def function(self, name: str) -> Callable[..., Any]:
+        return getattr(importlib.import_module(self.module), name)
+
+
 READERS = {
-    "plain": ("data_tools.readers.plain", "blocks"),
-    "gzip": ("data_tools.readers.plain", "gzip_blocks"),
-    "zst": ("data_tools.readers.zst", "blocks"),
-    "parquet": ("data_tools.readers.parquet", "blocks"),
-    "hub": ("data_tools.readers.hub", "blocks"),
+    "plain": Reader("data_tools.readers.plain"),
+    "gzip": Reader("data_tools.readers.plain", blocks="gzip_blocks"),
+    "zst": Reader("data_tools.readers.zst"),
+    "parquet": Reader("data_tools.readers.parquet"),
+    "hub": Reader("data_tools.readers.hub", data_files="data_files"),
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zst"}
 TEXT_SUFFIXES, JSON_SUFFIXES, PARQUET_SUFFIX = (".txt",), (".jsonl", ".ndjson"), ".parquet"
@@ -48,13 +63,19 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
 def read_blocks(sources: Sequence[Source], options: ReadOptions) -> Iterator[Block]:
     """The blocks of all sources, one after another."""
     for source in sources:
-        module, function = READERS[source.reader]
+        reader = READERS[source.reader]
         try:
-            yield from getattr(importlib.import_module(module), function)(source, options)
+            yield from reader.function(reader.blocks)(source, options)
         except OSError as error:
             raise DataError(
                 f"input={source.name} cannot be read ({error.strerror or error}): mend or leave it out"
             ) from None
+
+
+def data_files(source: Source) -> list[str]:
+    """The files on disk that hold a source, for their checksums."""
+    reader = READERS[source.reader]
+    return [source.name] if reader.data_files is None else reader.function(reader.data_files)(source)
 
 
 def read_tasks(sources: Sequence[Source], options: ReadOptions) -> Iterator[tuple[Block, ...]]:

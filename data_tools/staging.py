@@ -27,6 +27,7 @@ class Staging:
         self._lock: IO[bytes] | None = None
 
     def __enter__(self) -> "Staging":
+        self._check_name()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.folder / LOCK_NAME, "wb")
@@ -65,6 +66,17 @@ class Staging:
 
     def _final(self, suffix: str) -> Path:
         return Path(self.prefix + suffix)
+
+    def _check_name(self) -> None:
+        if self.prefix.endswith("/") or Path(self.prefix).name in ("", ".."):
+            raise DataError(
+                f"out={self.prefix} is a folder: name a corpus in it, such as {Path(self.prefix) / 'corpus'}"
+            )
+        for suffix in (".bin", LAST_SUFFIX):
+            if self.prefix.endswith(suffix):
+                raise DataError(
+                    f"out={self.prefix} is a file: leave {suffix} out, a corpus has several files"
+                )
 
     def _take_lock(self) -> None:
         assert self._lock is not None

@@ -46,11 +46,13 @@ def read_settings(spec: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text())
+        settings = json.loads(path.read_text())
     except ValueError as error:
         raise DataError(
             f"tokenizer settings {path} are broken JSON ({error}): mend or delete the file"
         ) from None
+    return settings if isinstance(settings, dict) else {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def _from_folder(folder: Path) -> Tokenizer:

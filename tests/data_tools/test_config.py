@@ -39,6 +39,7 @@ def test_a_resolved_config_reads_back_as_itself() -> None:
         ({"sequence_length": 0}, "greater than 0"),
         ({"sequence_lenght": 8}, "Extra inputs"),
         ({"train": 3}, "tuple"),
+        ({"train": ["a", "b", "a"]}, "path=a is named twice in one blend"),
     ],
 )
 def test_a_mistake_is_told_in_words(fields: dict[str, object], words: str) -> None:

@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 
@@ -11,7 +12,6 @@ from data_tools.indexed import IndexedReader
 from data_tools.manifest import load_manifest
 from data_tools.prepare import Recipe, main, prepare
 from data_tools.readers.source import ReadOptions, TxtDocuments
-from data_tools.tokenise import EncoderSpec, encode_tasks
 from tests.data_tools.making import make_corpus, make_index, words, write_jsonl
 
 SUFFIXES = (".bin", ".idx", ".json")
@@ -119,6 +119,16 @@ def test_a_damaged_corpus_is_not_called_prepared(tmp_path: Path) -> None:
         make_corpus(tmp_path / "c", ["a", "b"])
 
 
+def test_a_saved_dataset_is_prepared_once(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path / "saved")
+    recipe = Recipe((str(tmp_path / "saved"),), "bytes")
+    assert prepare(recipe, str(tmp_path / "c"), num_workers=0).manifest.tokens == 4
+    assert prepare(recipe, str(tmp_path / "c"), num_workers=0).was_there
+    datasets.Dataset.from_dict({"text": ["a", "c"]}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match="made of other inputs"):
+        prepare(recipe, str(tmp_path / "c"), num_workers=0)
+
+
 def test_when_nothing_is_left_no_corpus_appears(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", ["a"], field="content")
     with pytest.raises(DataError, match=r"fields there: content.*--field NAME"):
@@ -140,21 +150,6 @@ def test_a_document_that_becomes_no_tokens_is_left_out(tmp_path: Path) -> None:
     vocab.write_text("[UNK]\n[SEP]\na\n")
     manifest = make_corpus(tmp_path / "c", ["a", "\u200d"], tokenizer=str(vocab)).manifest
     assert (manifest.tokens, manifest.skipped) == (2, {"no tokens": 1})
-
-
-def test_a_dead_worker_is_told_with_the_way_out(tmp_path: Path) -> None:
-    spec = EncoderSpec("bytes", "text", append_end=True, dtype="uint16")
-    with pytest.raises(DataError, match="workers=1: a worker process died, most often for lack of memory"):
-        list(encode_tasks(iter([(_Deadly(),)]), spec, num_workers=1))  # type: ignore[list-item]
-
-
-class _Deadly:
-    """Ends the process that unpickles it."""
-
-    def __reduce__(self) -> tuple[object, tuple[int]]:
-        import os
-
-        return os._exit, (1,)
 
 
 def test_small_inputs_are_not_worth_a_worker(tmp_path: Path) -> None:

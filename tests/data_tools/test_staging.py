@@ -81,6 +81,22 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("folder/", r"out=folder/ is a folder: name a corpus in it, such as folder/corpus"),
+        (".", "is a folder"),
+        ("..", "is a folder"),
+        ("c.bin", r"out=c\.bin is a file: leave \.bin out"),
+        ("c.idx", r"leave \.idx out"),
+    ],
+)
+def test_a_name_that_cannot_be_a_corpus_is_told(here: Path, name: str, words: str) -> None:
+    with pytest.raises(DataError, match=words), Staging(name):
+        pass
+    assert list(here.iterdir()) == []
+
+
 def test_write_whole_leaves_the_old_file_when_writing_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
