@@ -7,6 +7,7 @@ in one message, before any process starts.
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 from data_tools.errors import DataError
 from data_tools.manifest import load_manifest
 from data_tools.tokenizer import load_tokenizer
+from model_providers.config import ModelConfig
 from model_providers.cost import parameters
 from model_providers.errors import ModelError
 from model_providers.layout import Layout
@@ -27,6 +29,9 @@ from model_providers.presets import get_preset
 from pretrain import config_rules, ds_config
 from pretrain.config import RunConfig
 from pretrain.errors import RunError
+
+
+SHARD_ALIGNMENT = 1024  # elements; DeepSpeed pads shards to whole blocks of asynchronous I/O
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,10 @@ class Run:
     @property
     def tokens_per_step(self) -> int:
         return self.global_size * self.config.data.sequence_length
+
+    @property
+    def largest_shard(self) -> int:
+        return largest_shard(self.config.model, self.layout)
 
     @cached_property
     def parameters(self) -> int:
@@ -136,7 +145,7 @@ def parse_words(words: Iterable[str]) -> Iterable[tuple[str, Any]]:
         if not equals or not key:
             raise RunError(f"{word!r}: overrides are written key=value, such as train.steps=100")
         try:
-            yield key, yaml.safe_load(value)
+            yield key, yaml.load(value, Loader=_StrictLoader)
         except yaml.YAMLError as fault:
             raise RunError(f"{word!r}: the value is not valid YAML: {' '.join(str(fault).split())}") from None
 
@@ -161,6 +170,12 @@ def to_yaml(config: RunConfig) -> str:
 
 class _StrictLoader(yaml.SafeLoader):
     """YAML in which a repeated key is an error and ``1e-4`` is a number (YAML 1.1 calls it a string)."""
+
+
+# YAML 1.1 wants a dot and a sign in 1.0e+4; this is YAML 1.2's rule (section 10.3.2).
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def _strict_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -307,7 +322,19 @@ def _facts(config: RunConfig, layout: Layout, batch: "config_rules.BatchSizes") 
         nvme_path=config.nvme_path,
         hidden_size=config.model.hidden_size,
         parameters_per_rank=parameters(config.model) // (layout.tp * layout.pp),
+        largest_shard=largest_shard(config.model, layout),
     )
+
+
+def largest_shard(model: ModelConfig, layout: Layout) -> int:
+    """Elements of the largest parameter's share on one rank under ZeRO-3, rounded up for alignment."""
+    width = model.hidden_size
+    rows = max(
+        model.padded_vocab_size,
+        model.query_width + 2 * model.kv_width,
+        model.ffn_width * (2 if model.is_gated else 1),
+    )
+    return -(-rows * width // (layout.tp * layout.dp * SHARD_ALIGNMENT)) * SHARD_ALIGNMENT
 
 
 def _told_together(faults: Sequence[str]) -> str:

@@ -193,6 +193,16 @@ def nvme_needs_a_folder(run: "Run") -> str | None:
     return None
 
 
+def nvme_buffers_hold_the_largest_parameter(run: "Run") -> str | None:
+    size = get(dict(run.deepspeed), "zero_optimization.offload_param.buffer_size")
+    if _device(run, "offload_param") == "nvme" and size is not None and size < run.largest_shard:
+        return (
+            f"zero_optimization.offload_param.buffer_size={size}: the largest parameter's shard has {run.largest_shard} "
+            f'elements; use at least that, or "auto"'
+        )
+    return None
+
+
 def partitioned_messages_need_whole_activations(run: "Run") -> str | None:
     split = [
         key for key in ("pipe_partitioned", "grad_partitioned") if get(dict(run.deepspeed), f"pipeline.{key}")
@@ -217,6 +227,8 @@ def optimizer_exists(run: "Run") -> str | None:
 
 def zero_knows_the_optimizer(run: "Run") -> str | None:
     kind = run.config.optimizer.type
+    if optimizer_exists(run) is not None:
+        return None
     if (
         run.zero_stage
         and kind.lower() not in ZERO_TRIED
@@ -252,17 +264,18 @@ def muon_needs_whole_matrices(run: "Run") -> str | None:
     return None
 
 
-def schedule_fits_the_run(run: "Run") -> str | None:
+def final_decay_begins_after_warmup(run: "Run") -> str | None:
+    """A warm-up that outlasts the run does no harm: short trials of a long schedule are common."""
     schedule = run.config.schedule
-    if schedule is None:
+    decay_steps = getattr(schedule, "decay_steps", 0)
+    if schedule is None or not decay_steps:
         return None
     total = getattr(schedule, "total_steps", None) or run.config.train.steps
-    spent = schedule.warmup_steps + getattr(schedule, "decay_steps", 0)
-    if spent > total:
+    if schedule.warmup_steps + decay_steps > total:
         return (
-            f"schedule.warmup_steps={schedule.warmup_steps} and "
-            f"decay_steps={getattr(schedule, 'decay_steps', 0)} need {spent} steps, but the schedule has "
-            f"{total}: shorten them or raise train.steps"
+            f"schedule.decay_steps={decay_steps} with warmup_steps={schedule.warmup_steps}: they overlap in a "
+            f"schedule of {total} steps; use decay_steps <= {max(0, total - schedule.warmup_steps)}, or "
+            f"raise train.steps"
         )
     return None
 
@@ -299,12 +312,13 @@ RULES: tuple[Rule, ...] = (
     optimizer_nvme_needs_zero_3,
     parameter_offload_needs_zero_3,
     nvme_needs_a_folder,
+    nvme_buffers_hold_the_largest_parameter,
     partitioned_messages_need_whole_activations,
     optimizer_exists,
     zero_knows_the_optimizer,
     offload_knows_the_optimizer,
     muon_needs_whole_matrices,
-    schedule_fits_the_run,
+    final_decay_begins_after_warmup,
     resume_folder_exists,
 )
 

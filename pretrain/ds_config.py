@@ -144,6 +144,7 @@ class Facts:
     nvme_path: str | None
     hidden_size: int
     parameters_per_rank: int
+    largest_shard: int  # elements of the largest parameter on one rank under ZeRO-3
 
 
 def get(document: dict[str, Any], path: str) -> Any:
@@ -274,6 +275,8 @@ def _fill_zero(full: dict[str, Any], facts: Facts) -> None:
         section = get(full, path)
         if isinstance(section, dict) and section.get("device") == "nvme" and facts.nvme_path is not None:
             section["nvme_path"] = _filled(section, "nvme_path", facts.nvme_path)
+        if isinstance(section, dict) and section.get("buffer_size") == AUTO:
+            section["buffer_size"] = facts.largest_shard
     if facts.optimizer["type"].lower() in ADAM_LIKE and not optimizer_is_offloaded(full):
         # torch's fused AdamW runs on CPU and CUDA without compiling anything; DeepSpeed's own is a JIT build.
         params = full["optimizer"]["params"]

@@ -75,8 +75,9 @@ def check_place(run: Run, groups: Groups) -> None:
             "folder on a disk that all nodes share"
         )
     faults += preflight.faults(run)
-    if groups.any_rank(bool(faults)):
-        raise RunError("; ".join(faults) or "another rank found a fault")
+    fault = groups.first_told("; ".join(faults) or None)
+    if fault is not None:
+        raise RunError(fault)
 
 
 def make_plan(run: Run, groups: Groups) -> LayerPlan:
@@ -97,7 +98,7 @@ def make_plan(run: Run, groups: Groups) -> LayerPlan:
 
 def make_engine(run: Run, plan: LayerPlan, groups: Groups) -> Engine:
     """The engine that the layout asks for, with initial weights from the seed or from `checkpoint.weights_from`."""
-    document = preflight.with_working_optimizer(dict(run.deepspeed))
+    document = preflight.prepare_native_parts(dict(run.deepspeed), groups)
     arguments: dict[str, Any] = {"json": document, "optimizer": run.config.optimizer}
     source = run.config.checkpoint.weights_from
     if source is not None:

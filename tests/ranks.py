@@ -9,7 +9,9 @@ the test run.
     losses = ranks.run(task, 2, 0.5)                # one result per rank, in rank order
 """
 
+import contextlib
 import ctypes
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -17,11 +19,13 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 SIZE = 4
+STACKS_SIGNAL = signal.SIGUSR2
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -36,7 +40,7 @@ class RankPool:
         self.size = size
         self.workers: list[tuple[Any, Connection]] = []
 
-    def run(self, task: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 240) -> list[Any]:
+    def run(self, task: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 100) -> list[Any]:
         """Call ``task(*args)`` on ``world_size`` ranks and return their results in rank order."""
         assert 1 <= world_size <= self.size, f"world_size={world_size}: the pool has {self.size} ranks"
         if not self.workers:
@@ -51,6 +55,10 @@ class RankPool:
         """End the processes that this pool started, and no others."""
         for process, pipe in self.workers:
             pipe.close()
+            with contextlib.suppress(
+                ProcessLookupError
+            ):  # a rank leads a group with the compilers it started
+                os.killpg(process.pid, signal.SIGKILL)
             process.kill()
             process.join()
         self.workers = []
@@ -73,6 +81,9 @@ class RankPool:
             ready = wait(list(pipes), timeout=max(0.0, deadline_s - time.monotonic()))
             if not ready:
                 silent = sorted(pipes.values())
+                for rank in silent:  # their stacks go to stderr, which pytest shows
+                    os.kill(self.workers[rank][0].pid, STACKS_SIGNAL)
+                time.sleep(1)
                 self.close()
                 raise RankError(f"ranks {silent} did not answer in time")
             for pipe in ready:
@@ -94,7 +105,10 @@ def _worker(pipe: Connection, parent_pid: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent_pid:
             return
+    os.setpgrp()
+    faulthandler.register(STACKS_SIGNAL, all_threads=False)
     os.environ.update(CPU_ONLY_ENVIRONMENT)
+    warnings.simplefilter("ignore")  # upstream's, four times over
     import torch
 
     torch.set_num_threads(1)
@@ -118,6 +132,7 @@ def _worker(pipe: Connection, parent_pid: int) -> None:
 
 
 CPU_ONLY_ENVIRONMENT = {
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     "OMP_NUM_THREADS": "1",
     "DS_ACCELERATOR": "cpu",
     "CUDA_VISIBLE_DEVICES": "",
@@ -146,6 +161,7 @@ class _Baseline:
         import deepspeed.utils.groups
         import megatron.core.parallel_state
         import megatron.core.tensor_parallel.random
+        from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
         from deepspeed.runtime.zero.partition_parameters import Init
 
         modules = (
@@ -153,15 +169,18 @@ class _Baseline:
             deepspeed.utils.groups,
             megatron.core.parallel_state,
             megatron.core.tensor_parallel.random,
-            Init,  # counts parameters in the class: ranks of different tasks would disagree
+            Init,  # counts parameters in the class: ranks with different earlier tasks would disagree
         )
         self.saved = {module: _plain_globals(module) for module in modules}
+        # The same for modules, in a default argument that is a list.
+        (self.module_count,) = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__ or ([0],)
 
     def restore(self) -> None:
         import torch
 
         torch.distributed.destroy_process_group()
         torch.set_default_dtype(torch.float32)
+        self.module_count[0] = 0
         for module, values in self.saved.items():
             for name, value in values.items():
                 setattr(module, name, type(value)(value) if isinstance(value, dict | list | set) else value)

@@ -20,6 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from model_providers import mcore_on_cpu
 from model_providers.layout import Coordinates, Layout
+from pretrain.engine.build_locks import clear_stale_build_locks
 
 DEFAULT_TIMEOUT_S = 1800.0
 
@@ -63,6 +64,12 @@ class Groups:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         return bool(votes.item())
 
+    def first_told(self, text: str | None) -> str | None:
+        """The text of the lowest rank that has one, on every rank."""
+        told: list[str | None] = [None] * self.layout.world_size
+        dist.all_gather_object(told, text)
+        return next((word for word in told if word is not None), None)
+
 
 def device_of_this_rank() -> torch.device:
     """On CPU, DeepSpeed's ``current_device()`` is LOCAL_RANK, which is no device; its name is."""
@@ -72,6 +79,7 @@ def device_of_this_rank() -> torch.device:
 def join(layout: Layout, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Groups:
     """Join the world that the launcher's environment describes, and make all groups; every rank must call it."""
     accelerator = get_accelerator()
+    clear_stale_build_locks()  # the next lines compile DeepSpeed's shared-memory collectives on a CPU
     if not dist.is_initialized():
         accelerator.set_device(_local_rank())
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints that its shared-memory kernel is built

@@ -4,61 +4,113 @@ DeepSpeed's own failures here hide the reason (a missing header ends in an Attri
 each part is tried once and its absence told in one line with the way out.
 """
 
+import contextlib
 import logging
+import os
 import re
+import sys
+from collections.abc import Iterator
 from typing import Any
 
+import torch.distributed as dist
 from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
+from deepspeed.ops.op_builder.builder import OpBuilder
 
 from pretrain.config_io import Run
 from pretrain.ds_config import ADAM_LIKE, get, optimizer_is_offloaded
+from pretrain.engine.build_locks import extensions_root
+from pretrain.engine.groups import Groups
+from pretrain.errors import RunError
 
 log = logging.getLogger(__name__)
 
 
 def faults(run: Run) -> list[str]:
     """What this machine lacks for the run."""
-    document = dict(run.deepspeed)
-    on_nvme = [
-        f"zero_optimization.{section}.device=nvme"
-        for section in ("offload_param", "offload_optimizer")
-        if get(document, f"zero_optimization.{section}.device") == "nvme"
-    ]
-    if on_nvme and not AsyncIOBuilder().is_compatible(verbose=False):
+    if "nvme" in _offload_devices(dict(run.deepspeed)) and not libaio_is_there():
         return [
-            f"{on_nvme[0]}: asynchronous I/O needs the headers of libaio: install Debian's libaio-dev (apt "
-            "install libaio-dev)"
+            "offload to device=nvme: asynchronous I/O needs libaio and its headers: apt-get install libaio-dev "
+            "(Debian, Ubuntu), or device=cpu"
         ]
     return []
 
 
-def with_working_optimizer(document: dict[str, Any]) -> dict[str, Any]:
-    """The JSON as it is if DeepSpeed's CPU Adam can be built here, else with torch's AdamW in its place."""
+def libaio_is_there() -> bool:
+    """Whether a program with libaio compiles and links."""
+    with _without_stdout():
+        return bool(AsyncIOBuilder().is_compatible(verbose=False))
+
+
+def prepare_native_parts(document: dict[str, Any], groups: Groups) -> dict[str, Any]:
+    """Compile what the JSON needs, the first rank of each node for all; every rank calls it.
+
+    Returns the JSON, with torch's Adam in place of DeepSpeed's where that does not build.
+    """
+    if _offload_devices(document) & {"nvme"}:
+        obstacle = _build(AsyncIOBuilder(), groups)
+        if obstacle is not None:
+            raise RunError(f"offload to device=nvme: DeepSpeed's async_io does not build here: {obstacle}")
     optimizer = document["optimizer"]
     offloaded_adam = optimizer["type"].lower() in ADAM_LIKE and optimizer_is_offloaded(document)
     if not offloaded_adam or optimizer["params"].get("torch_adam"):
         return document
-    obstacle = cpu_adam_obstacle()
+    obstacle = _build(CPUAdamBuilder(), groups)
     if obstacle is None:
         return document
-    log.warning(
-        "DeepSpeed's CPU Adam does not build here (%s); torch's %s does its work, slower",
-        obstacle,
-        optimizer["type"],
-    )
+    if groups.is_first:
+        log.warning("DeepSpeed's CPU Adam does not build (%s): torch's Adam does its work, slower", obstacle)
     params = {**optimizer["params"], "torch_adam": True}
     return {**document, "optimizer": {**optimizer, "params": params}}
 
 
-def cpu_adam_obstacle() -> str | None:
+def _build(builder: OpBuilder, groups: Groups) -> str | None:
+    """Compile and load a kernel; the first error on any rank, or None."""
+    first_on_node = os.environ.get("LOCAL_RANK", "0") == "0"
+    obstacle = None
+    for turn in (True, False):
+        if first_on_node is turn:
+            obstacle = build_obstacle(builder, tell=groups.is_first)
+        dist.barrier()
+    return groups.first_told(obstacle)
+
+
+def build_obstacle(builder: OpBuilder, *, tell: bool = False) -> str | None:
     """The compiler's first error, or None when the kernel is built and loaded."""
+    if tell and not is_built(builder):
+        log.info("compiling DeepSpeed's %s: once on this machine, it takes a minute or more", builder.name)
     try:
-        CPUAdamBuilder().load(verbose=False)
+        with _without_stdout():
+            builder.load(verbose=False)
     except (
         Exception
     ) as failure:  # a build fails in any way it likes: no compiler, no ninja, a header, a linker
         return first_error(f"{failure}")
     return None
+
+
+def is_built(builder: OpBuilder) -> bool:
+    """Whether an earlier run left the compiled kernel in torch's folder of extensions."""
+    return any(extensions_root().glob(f"**/{builder.name}/*.so"))
+
+
+@contextlib.contextmanager
+def _without_stdout() -> Iterator[None]:
+    """Compilers write to the file descriptor, past sys.stdout."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _offload_devices(document: dict[str, Any]) -> set[str]:
+    sections = ("offload_param", "offload_optimizer")
+    return {str(get(document, f"zero_optimization.{section}.device")) for section in sections}
 
 
 def first_error(output: str) -> str:

@@ -1,0 +1,124 @@
+"""Features that must not care about the layout, and layouts that must not care about each other's features."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.parity import compare
+from tests.parity.conftest import OneProcess
+from tests.parity.record import record_raw
+from tests.parity.test_layouts import assert_same
+from tests.ranks import RankPool
+from tests.runs import tiny
+
+STEPS = 5
+TP_SP = {"layout": {"tp": 2, "sequence_parallel": True}, "deepspeed": "zero1.json"}
+PP = {"layout": {"pp": 2}, "deepspeed": "pipeline.json"}
+DP = {"layout": {}, "deepspeed": "zero2.json"}
+DP_ZERO_3 = {"layout": {}, "deepspeed": "zero3.json"}
+LAYOUTS = pytest.mark.parametrize(
+    "layout", [TP_SP, PP, DP, DP_ZERO_3], ids=["tp2+sp", "pp2", "dp2", "dp2-zero3"]
+)
+DROPOUT = {"model__hidden_dropout": 0.1, "model__attention_dropout": 0.1}
+
+
+@pytest.mark.ranks
+@LAYOUTS
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"data__documents": "reset"},
+        {"data__mask_boundary_loss": True},
+        {
+            "data__documents": "reset",
+            "data__mask_boundary_loss": True,
+            "model__position_embedding": "learned",
+        },
+    ],
+    ids=["reset", "masked", "reset-masked-learned"],
+)
+def test_document_boundaries_are_the_same_in_every_layout(
+    ranks: RankPool,
+    corpus: str,
+    one_process: OneProcess,
+    out: Path,
+    layout: dict[str, Any],
+    data: dict[str, Any],
+) -> None:
+    trace = ranks.run(record_raw, 2, tiny(corpus, out, **layout, **data), STEPS)[0]
+    assert_same(trace, one_process(STEPS, **data))
+    plain = one_process(STEPS)
+    assert abs(trace.losses[0] - plain.losses[0]) > 1e-3, "the option must change what is computed"
+
+
+@pytest.mark.ranks
+@LAYOUTS
+@pytest.mark.parametrize(
+    "recompute",
+    [{"mode": "selective"}, {"mode": "full"}, {"mode": "full", "every": 3}],
+    ids=["selective", "full", "every-3"],
+)
+def test_recompute_changes_nothing_even_with_dropout(
+    ranks: RankPool, corpus: str, out: Path, layout: dict[str, Any], recompute: dict[str, Any]
+) -> None:
+    kept = ranks.run(record_raw, 2, tiny(corpus, out, **layout, **DROPOUT), 3)[0]
+    again = ranks.run(record_raw, 2, tiny(corpus, out, **layout, **DROPOUT, recompute=recompute), 3)[0]
+    difference = compare(again, kept)
+    assert max(difference.loss, difference.grad_norm, difference.gradient) <= 1e-6, difference
+
+
+@pytest.mark.ranks
+@LAYOUTS
+@pytest.mark.parametrize(
+    "model",
+    [
+        {
+            "model__normalization": "layernorm",
+            "model__activation": "gelu",
+            "model__linear_bias": True,
+            "model__position_embedding": "learned",
+            "model__num_kv_heads": 4,
+            "model__qk_norm": False,
+        },
+        {
+            "model__sliding_window": 8,
+            "model__activation": "squared_relu",
+            "model__position_embedding": "none",
+        },
+    ],
+    ids=["gpt2-like", "window-relu2-nope"],
+)
+def test_other_architectures_are_the_same_in_every_layout(
+    ranks: RankPool,
+    corpus: str,
+    one_process: OneProcess,
+    out: Path,
+    layout: dict[str, Any],
+    model: dict[str, Any],
+) -> None:
+    trace = ranks.run(record_raw, 2, tiny(corpus, out, **layout, **model), STEPS)[0]
+    assert_same(trace, one_process(STEPS, **model))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("bounds", ["parameters", "uniform", [0, 2, 7]], ids=str)
+def test_where_the_pipeline_is_cut_changes_nothing(
+    ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, bounds: Any
+) -> None:
+    raw = tiny(corpus, out, layout={"pp": 2, "partition": bounds}, deepspeed="pipeline.json")
+    assert_same(ranks.run(record_raw, 2, raw, STEPS)[0], one_process(STEPS))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_without_clipping_pipelines_of_all_lengths_agree(
+    ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, world_size: int
+) -> None:
+    """DeepSpeed reads a missing gradient_clipping as 1.0; ours is written out, so 0 means none."""
+    changes = {"optimizer__gradient_clipping": 0.0}
+    raw = tiny(corpus, out, layout={"pp": world_size}, **{"deepspeed": "zero0.json", **changes})
+    reference = one_process(STEPS, **changes)
+    assert_same(ranks.run(record_raw, world_size, raw, STEPS)[0], reference)
+    clipped = one_process(STEPS)
+    assert abs(reference.losses[-1] - clipped.losses[-1]) > 1e-6, "clipping at 0.5 must bite in this test"

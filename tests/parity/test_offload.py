@@ -1,0 +1,73 @@
+"""Offload to CPU memory and to NVMe trains exactly what the same run trains without it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model_providers.cost import parameters
+from pretrain.engine.preflight import libaio_is_there
+from pretrain.parity import compare
+from tests.parity.conftest import OneProcess
+from tests.parity.record import record_raw
+from tests.parity.test_layouts import assert_same
+from tests.ranks import RankPool
+from tests.runs import checked, tiny
+
+STEPS = 5
+# DeepSpeed leaves tensors below 1 MB in memory (MIN_AIO_BYTES, deepspeed/runtime/swap_tensor/constants.py).
+LARGE_ENOUGH = {
+    "model__hidden_size": 512,
+    "model__ffn_hidden_size": 2048,
+    "model__num_layers": 2,
+    "model__init_std": 0.05,
+}
+COMPILE_S = 800  # a kernel's first use on a machine compiles it
+
+
+@pytest.mark.ranks
+@pytest.mark.timeout(COMPILE_S)
+@pytest.mark.parametrize("name", ["zero2_cpu_offload.json", "zero3_cpu_offload.json"])
+def test_cpu_offload_computes_what_one_process_does(
+    ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, name: str
+) -> None:
+    trace = ranks.run(record_raw, 2, tiny(corpus, out, deepspeed=name), STEPS, timeout_s=COMPILE_S)[0]
+    assert_same(trace, one_process(STEPS))
+
+
+@pytest.mark.ranks
+@pytest.mark.timeout(COMPILE_S)
+@pytest.mark.skipif(not libaio_is_there(), reason="needs libaio (apt install libaio-dev)")
+def test_nvme_offload_computes_what_one_process_does(
+    ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, tmp_path: Path
+) -> None:
+    disk = tmp_path / "nvme"
+    disk.mkdir()
+    raw = tiny(corpus, out, **LARGE_ENOUGH, deepspeed="zero3_nvme_offload.json", nvme_path=str(disk))
+    trace = ranks.run(record_raw, 2, raw, STEPS, timeout_s=COMPILE_S)[0]
+    written_bytes = sum(path.stat().st_size for path in disk.rglob("*") if path.is_file())
+    # Two Adam moments and the fp32 weights; small tensors stay in memory.
+    assert written_bytes > 8 * parameters(checked(raw, 2).config.model), (
+        "the states were not on the NVMe folder"
+    )
+    assert_same(trace, one_process(STEPS, **LARGE_ENOUGH))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("accumulate", ["fp32", "bf16"])
+def test_tied_weights_stay_tied_under_bf16_offload_and_pipeline(
+    ranks: RankPool, corpus: str, out: Path, tmp_path: Path, accumulate: str
+) -> None:
+    """DeepSpeed 0.19 unties them silently with fp32 accumulation: gradients lie where it does not look."""
+    json = tmp_path / "offload.json"
+    json.write_text('{"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}')
+    changes: dict[str, Any] = {
+        "layout": {"pp": 2},
+        "precision": {"dtype": "bf16", "accumulate": accumulate},
+        "optimizer__lr": 1e-2,
+    }
+    offloaded = ranks.run(record_raw, 2, tiny(corpus, out, **changes, deepspeed=str(json)), 12)[0]
+    resident = ranks.run(record_raw, 2, tiny(corpus, out, **changes, deepspeed="pipeline.json"), 12)[0]
+    difference = compare(offloaded, resident)
+    assert difference.loss < 2e-3, difference
+    assert difference.weights < 1e-2, difference

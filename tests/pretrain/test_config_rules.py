@@ -1,0 +1,250 @@
+"""Every rule refuses what it is there for, in one sentence with the way out, before any process starts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain import config_rules
+from pretrain.config_rules import device_faults
+from pretrain.errors import RunError
+from tests.runs import checked, tiny
+
+STAGE_1_OFFLOAD = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
+
+# rule, ranks, changes of the run, DeepSpeed JSON or None, what the message must say
+CASES: tuple[tuple[str, int, dict[str, Any], dict[str, Any] | None, str], ...] = (
+    (
+        "sequence_parallel_needs_tp",
+        1,
+        {"layout__sequence_parallel": True},
+        None,
+        r"layout\.sequence_parallel=true with layout\.tp=1.*use tp > 1, or false",
+    ),
+    (
+        "pipeline_needs_zero_below_2",
+        2,
+        {"layout__pp": 2},
+        {"zero_optimization": {"stage": 2}},
+        r"stage=2 cannot run with layout\.pp=2.*stage 1 with pp=2; or stage 1 and offload.*or stage 2 with pp=1",
+    ),
+    (
+        "half_precision_needs_zero",
+        1,
+        {"precision": "bf16"},
+        {"zero_optimization": {"stage": 0}},
+        r"stage=0 with precision\.dtype=bf16.*use stage 1",
+    ),
+    (
+        "accumulation_dtype_is_legal",
+        1,
+        {"precision": {"dtype": "bf16", "accumulate": "fp16"}},
+        None,
+        r"precision\.accumulate=fp16 with precision\.dtype=bf16: use fp32 or bf16",
+    ),
+    (
+        "optimizer_offload_needs_zero",
+        1,
+        {},
+        {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
+        r"offload_optimizer with stage=0.*use stage 1",
+    ),
+    (
+        "optimizer_nvme_needs_zero_3",
+        1,
+        {"nvme_path": "/"},
+        {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvme"}}},
+        r"offload_optimizer\.device=nvme with stage=1.*use stage 3 \(pp=1\), or device=cpu",
+    ),
+    (
+        "parameter_offload_needs_zero_3",
+        1,
+        {},
+        {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+        r"offload_param\.device=cpu with stage=2.*use stage 3",
+    ),
+    (
+        "nvme_needs_a_folder",
+        1,
+        {},
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+        r"device=nvme needs a folder: set nvme_path=",
+    ),
+    (
+        "nvme_needs_a_folder",
+        1,
+        {"nvme_path": "/no/such/disk"},
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+        r"nvme_path=/no/such/disk: no such folder",
+    ),
+    (
+        "nvme_buffers_hold_the_largest_parameter",
+        1,
+        {"nvme_path": "/tmp"},
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "buffer_size": 1000}}},
+        r"offload_param\.buffer_size=1000: the largest parameter's shard has \d+ elements",
+    ),
+    (
+        "partitioned_messages_need_whole_activations",
+        4,
+        {"layout": {"tp": 2, "pp": 2, "sequence_parallel": True}},
+        {"zero_optimization": {"stage": 1}, "pipeline": {"pipe_partitioned": True}},
+        r"pipeline\.pipe_partitioned=true with layout\.sequence_parallel=true.*use false",
+    ),
+    (
+        "optimizer_exists",
+        1,
+        {"optimizer__type": "OneBitAdam"},
+        None,
+        r"no 1-bit optimizers any more; use AdamW",
+    ),
+    (
+        "optimizer_exists",
+        1,
+        {"optimizer__type": "AdamZ"},
+        None,
+        r"optimizer\.type=AdamZ: there are Adam, AdamW, Lion",
+    ),
+    (
+        "zero_knows_the_optimizer",
+        1,
+        {"optimizer__type": "SGD"},
+        None,
+        r'optimizer\.type=SGD with zero_optimization\.stage=1: set "zero_allow_untested_optimizer": true',
+    ),
+    (
+        "offload_knows_the_optimizer",
+        1,
+        {"optimizer__type": "Muon"},
+        STAGE_1_OFFLOAD,
+        r"optimizer\.type=Muon with offload_optimizer: DeepSpeed has CPU kernels for Adam, AdamW",
+    ),
+    (
+        "muon_needs_whole_matrices",
+        2,
+        {"optimizer__type": "Muon", "layout__tp": 2},
+        None,
+        r"optimizer\.type=Muon with layout\.tp=2.*use tp=1 and pp=1",
+    ),
+    (
+        "final_decay_begins_after_warmup",
+        1,
+        {"schedule": {"kind": "wsd", "warmup_steps": 10, "decay_steps": 15}},
+        None,
+        r"schedule\.decay_steps=15 with warmup_steps=10.*use decay_steps <= 10",
+    ),
+    (
+        "explicit_partition_is_sound",
+        2,
+        {"layout": {"pp": 2, "partition": [0, 7, 7]}},
+        None,
+        r"layout\.partition=\[0, 7, 7\]: needs 3 rising numbers from 0 to 7",
+    ),
+    (
+        "resume_folder_exists",
+        1,
+        {"checkpoint__resume": "/no/such/checkpoint"},
+        None,
+        r"checkpoint\.resume=/no/such/checkpoint: no such folder",
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("rule", "world_size", "changes", "document", "message"), CASES, ids=lambda c: str(c)[:40]
+)
+def test_rule_refuses_with_the_way_out(
+    corpus: str,
+    out: Path,
+    tmp_path: Path,
+    rule: str,
+    world_size: int,
+    changes: dict[str, Any],
+    document: dict[str, Any] | None,
+    message: str,
+) -> None:
+    if document is not None:
+        path = tmp_path / "deepspeed.json"
+        path.write_text(json.dumps(document))
+        changes = {**changes, "deepspeed": str(path)}
+    with pytest.raises(RunError, match=message):
+        checked(tiny(corpus, out, **changes), world_size)
+
+
+def test_every_rule_has_a_failing_case() -> None:
+    assert {rule.__name__ for rule in config_rules.RULES} == {case[0] for case in CASES}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes", "message"),
+    [
+        (
+            3,
+            {"layout__tp": 2},
+            r"tp=2 x layout\.pp=1 = 2 ranks per model copy, but there are 3 ranks: start 2 or 4 ranks",
+        ),
+        (3, {"layout__tp": 3}, r"tp=3: .*num_attention_heads=4.*\[1, 2, 4\]"),
+        (
+            1,
+            {"batch__global_size": 7},
+            r"global_size=7, batch\.micro_size=2: not a multiple of 2.*nearest.*: 6 or 8",
+        ),
+        (
+            1,
+            {"batch__accumulation_steps": 3},
+            r"global must equal micro x accumulation x dp = 2 x 3 x 1 = 6; leave one",
+        ),
+        (1, {"batch": {}}, r"give batch\.micro_size or batch\.global_size"),
+        (8, {"layout__pp": 8}, r"pp=8: the model has 7 layers to share out; use pp=7 or fewer"),
+        (
+            1,
+            {"model__position_embedding": "learned", "data__sequence_length": 128},
+            r"sequence_length=128: the learned positions end at max_sequence_length=64",
+        ),
+        (
+            2,
+            {"layout": {"tp": 2, "sequence_parallel": True}, "data__sequence_length": 33},
+            r"sequence_length=33: .*tp=2.*use 32",
+        ),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused_with_the_nearest_that_do(
+    corpus: str, out: Path, world_size: int, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RunError, match=message):
+        checked(tiny(corpus, out, **changes), world_size)
+
+
+def test_all_faults_are_told_at_once(corpus: str, out: Path, tmp_path: Path) -> None:
+    path = tmp_path / "deepspeed.json"
+    path.write_text('{"zero_optimization": {"stage": 2}}')
+    raw = tiny(
+        corpus, out, layout={"pp": 2, "sequence_parallel": True}, optimizer__type="AdamZ", deepspeed=str(path)
+    )
+    with pytest.raises(RunError) as told:
+        checked(raw, 2)
+    text = str(told.value)
+    assert text.startswith("3 faults:")
+    assert all(
+        part in text for part in ("sequence_parallel=true", "stage=2 cannot run", "optimizer.type=AdamZ")
+    )
+
+
+def test_any_two_batch_sizes_give_the_third(corpus: str, out: Path) -> None:
+    def sizes(**batch: int) -> tuple[int, int, int]:
+        run = checked(tiny(corpus, out, batch=batch), 2)
+        return run.global_size, run.micro_size, run.num_micro_batches
+
+    assert sizes(global_size=8, micro_size=2) == (8, 2, 2)
+    assert sizes(global_size=8, accumulation_steps=4) == (8, 1, 4)
+    assert sizes(micro_size=2, accumulation_steps=4) == (16, 2, 4)
+    assert sizes(global_size=8) == (8, 4, 1)
+    assert sizes(micro_size=3) == (6, 3, 1)
+
+
+def test_what_a_cpu_cannot_do_is_refused_there_only(corpus: str, out: Path) -> None:
+    run = checked(tiny(corpus, out, precision="fp16", kernels="te"), 1)
+    assert len(device_faults(run, "cpu")) == 2
+    assert "use precision.dtype=bf16 or fp32 here" in device_faults(run, "cpu")[0]
+    assert device_faults(run, "cuda") == []
