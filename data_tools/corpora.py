@@ -135,7 +135,7 @@ def _folder_sources(folder: Path) -> list[Source]:
     sources = [source for source in found if source is not None]
     if not sources:
         raise DataError(
-            f"input={folder}: none of its {len(found)} files can be read; there are readers for {KINDS}"
+            f"input={folder} has no file that can be read ({len(found)} of other kinds): give {KINDS}"
         )
     return sources
 

@@ -3,9 +3,13 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from data_tools.tokenizer_training import train_tokenizer
 from tests.data_tools.making import words
+
+settings.register_profile("megaloom", deadline=None)  # a busy machine is no failure
+settings.load_profile("megaloom")
 
 
 @pytest.fixture(scope="session")

@@ -146,7 +146,7 @@ def test_a_dataset_without_the_field_is_left_out_whole(tmp_path: Path) -> None:
         ("a.pdf", "no reader for '.pdf'"),
         ("noname", "no reader for 'a file without suffix'"),
         ("a.parquet.gz", "no reader for '.gz'"),
-        ("pdfs", "none of its 1 files can be read"),
+        ("pdfs", r"pdfs has no file that can be read \(1 of other kinds\)"),
         ("splits", "saved dataset with several splits: name one of splits/test, splits/train"),
         ("hf:name", "write hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT"),
         ("hf:nobody/nothing:train", "cannot be loaded"),
