@@ -14,9 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from model_providers.errors import ModelError
 
 GATED_ACTIVATIONS = ("swiglu", "geglu")
-GATED_FFN_MULTIPLE = (
-    256  # Llama's reference code rounds 8h/3 up to this (github.com/meta-llama/llama, model.py)
-)
+GATED_FFN_MULTIPLE = 256  # Llama's own code rounds up to this (github.com/meta-llama/llama, model.py)
 
 
 class Facts(BaseModel):
@@ -33,9 +31,7 @@ class LinearScaling(Facts):
 
 
 class Llama3Scaling(Facts):
-    """Long wavelengths divided by ``factor``, short ones kept, a ramp between (Grattafiori et al. 2024,
-    arXiv:2407.21783).
-    """
+    """Long wavelengths stretched by ``factor``, short ones kept, a ramp between (Grattafiori et al. 2024)."""
 
     kind: Literal["llama3"] = "llama3"
     factor: float = Field(default=8.0, ge=1.0)
@@ -45,25 +41,21 @@ class Llama3Scaling(Facts):
 
 
 class YarnScaling(Facts):
-    """YaRN (Peng et al. 2023, arXiv:2309.00071): a ramp over dimensions, and cos/sin scaled by
-    ``attention_factor``.
-    """
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): a ramp over dimensions, and scaled cosines and sines."""
 
     kind: Literal["yarn"] = "yarn"
     factor: float = Field(ge=1.0)
     original_max_positions: int = Field(gt=0)
     beta_fast: float = Field(default=32.0, gt=0.0)
     beta_slow: float = Field(default=1.0, gt=0.0)
-    attention_factor: float | None = (
-        None  # None = 0.1 ln(factor) + 1 (section 3.4), or from mscale and mscale_all_dim
-    )
-    mscale: float | None = None  # the two of DeepSeek-V2's variant
+    attention_factor: float | None = None  # None: see cos_sin_scale
+    mscale: float | None = None  # this and the next: DeepSeek-V2's variant
     mscale_all_dim: float | None = None
     truncate: bool = True  # the ramp's ends rounded outwards to whole dimensions
 
     @property
     def cos_sin_scale(self) -> float:
-        """The factor on cos and sin, hence its square on the attention scores (YaRN section 3.4)."""
+        """0.1 ln(factor) + 1 unless given; its square multiplies the attention scores (YaRN section 3.4)."""
         if self.attention_factor is not None:
             return self.attention_factor
         if self.mscale and self.mscale_all_dim:
@@ -87,9 +79,7 @@ class ModelConfig(Facts):
     head_dim: int | None = Field(default=None, gt=0)  # None = hidden_size / num_attention_heads
     ffn_hidden_size: int | None = Field(default=None, gt=0)  # None: see ffn_width
     vocab_size: int | None = Field(default=None, gt=0)  # None = the tokenizer's, filled in by the run
-    max_sequence_length: int = Field(
-        default=1024, gt=0
-    )  # rows of the learned positions; the limit of generation
+    max_sequence_length: int = Field(default=1024, gt=0)  # rows of the learned positions
 
     position_embedding: Literal["learned", "rotary", "none"] = "rotary"
     rotary_base: float = Field(default=10000.0, gt=1.0)
@@ -108,9 +98,7 @@ class ModelConfig(Facts):
     hidden_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     attention_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     init_std: float = Field(default=0.02, gt=0.0)
-    scale_residual_init: bool = (
-        True  # std / sqrt(2 L) on what is added to the residual (Radford et al. 2019, section 2.3)
-    )
+    scale_residual_init: bool = True  # std / sqrt(2 L) on both output projections (Radford et al. 2019, 2.3)
     pad_vocab_to_multiple_of: int = Field(default=128, gt=0)  # never depends on TP, so neither do the numbers
 
     @model_validator(mode="after")
@@ -152,8 +140,8 @@ class ModelConfig(Facts):
 
     @property
     def ffn_width(self) -> int:
-        """``ffn_hidden_size``, or 4h, or for gated activations 8h/3 (equal parameters; Shazeer 2020,
-        arXiv:2002.05202) rounded up to a multiple of 256.
+        """``ffn_hidden_size``; by default 4h, and 8h/3 rounded up to a multiple of 256 for gated activations,
+        which have three matrices instead of two (Shazeer 2020, arXiv:2002.05202).
         """
         if self.ffn_hidden_size is not None:
             return self.ffn_hidden_size

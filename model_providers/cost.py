@@ -12,11 +12,11 @@ Conventions, because published figures differ by a factor of two:
 
 from typing import Literal, NamedTuple
 
+from model_providers.activation_memory import ActivationMemory, RecomputeMode
 from model_providers.config import ModelConfig
 from model_providers.errors import ModelError
 
 AttentionCount = Literal["causal", "full"]
-RecomputeMode = Literal["none", "selective", "full"]
 
 
 class LayerCost(NamedTuple):
@@ -30,9 +30,7 @@ class LayerCost(NamedTuple):
 
 
 class StateBytes(NamedTuple):
-    """Bytes a parameter needs in training, by what ZeRO shards at stage 3, 2 and 1 (Rajbhandari et al. 2020,
-    section 3.1).
-    """
+    """Bytes a parameter needs in training; ZeRO shards them at stage 3, 2 and 1 (Rajbhandari et al. 2020)."""
 
     weights: int
     gradients: int
@@ -52,12 +50,11 @@ def layer_costs(
     tp: int = 1,
     sequence_parallel: bool = False,
     bytes_per_value: int = 2,
-    flash: bool = True,
+    fused: bool = True,
 ) -> list[LayerCost]:
-    """Embedding, blocks, final norm, head, in the order of the plan."""
-    memory = _Memory(
-        model, sequence_length, recompute, tp, sequence_parallel and tp > 1, bytes_per_value, flash
-    )
+    """Embedding, blocks, final norm, head, in the order of the plan; ``fused``: see activation_memory.py."""
+    sharded = sequence_parallel and tp > 1
+    memory = ActivationMemory(model, sequence_length, recompute, tp, sharded, bytes_per_value, fused)
     block = LayerCost(
         block_parameters(model), block_forward_flops(model, sequence_length, attention), memory.block()
     )
@@ -69,26 +66,20 @@ def layer_costs(
 
 
 def parameters(model: ModelConfig, *, padded: bool = True) -> int:
-    """All parameters; a tied head counts once.  ``padded=False`` leaves out the vocabulary's padding, as
-    papers do.
-    """
+    """All parameters, a tied head once; ``padded=False`` leaves out the vocabulary's padding, as papers do."""
     words = 1 if model.tie_embeddings else 2
     unpadded = 0 if padded else words * (model.padded_vocab_size - model.known_vocab_size) * model.hidden_size
-    own = (
-        embedding_parameters(model)
-        + norm_parameters(model, model.hidden_size)
-        + (words - 1) * word_parameters(model)
-    )
-    return own + model.num_layers * block_parameters(model) - unpadded
+    head = (words - 1) * word_parameters(model)
+    ends = embedding_parameters(model) + norm_parameters(model, model.hidden_size) + head
+    return ends + model.num_layers * block_parameters(model) - unpadded
 
 
 def train_flops_per_token(
     model: ModelConfig, sequence_length: int, attention: AttentionCount = "causal"
 ) -> float:
     """Model FLOPs of forward and backward for one token; see the conventions above."""
-    return sum(
-        cost.train_flops_per_token for cost in layer_costs(model, sequence_length, attention=attention)
-    )
+    costs = layer_costs(model, sequence_length, attention=attention)
+    return sum(cost.train_flops_per_token for cost in costs)
 
 
 def state_bytes_per_parameter(
@@ -120,10 +111,8 @@ def block_parameters(model: ModelConfig) -> int:
     fc1 = 2 * f if model.is_gated else f
     weights = h * (q + 2 * kv) + q * h + h * fc1 + f * h
     biases = (q + 2 * kv if model.has_qkv_bias else 0) + (h + fc1 + h if model.linear_bias else 0)
-    norms = 2 * norm_parameters(model, h) + (
-        2 * norm_parameters(model, model.head_width) if model.qk_norm else 0
-    )
-    return weights + biases + norms
+    head_norms = 2 * norm_parameters(model, model.head_width) if model.qk_norm else 0
+    return weights + biases + 2 * norm_parameters(model, h) + head_norms
 
 
 def block_forward_flops(
@@ -145,66 +134,3 @@ def _mean_keys(s: int, window: int | None, attention: AttentionCount) -> float:
         return float(s)
     w = min(window or s, s)
     return w - w * w / (2.0 * s)
-
-
-class _Memory(NamedTuple):
-    """Activation bytes a token on one tensor rank, after Korthikanti et al. 2022 (arXiv:2205.05198), section
-    4, with its terms widened to GQA, gated activations and attention that keeps no scores.
-    """
-
-    model: ModelConfig
-    s: int
-    recompute: RecomputeMode
-    tp: int
-    sequence_parallel: bool
-    size: int  # bytes per value
-    flash: bool  # SDPA's fused kernels keep one number per query and head instead of the scores
-
-    def block(self) -> float:
-        h = self.model.hidden_size
-        if self.recompute == "full":
-            return self.size * h / self._sequence_shards()  # the layer's input (Korthikanti table 2: 2 sbh)
-        core = 0.0 if self.recompute == "selective" else self._core_attention()
-        return self._replicated() / self._sequence_shards() + (self._sharded() + core) / self.tp
-
-    def embedding(self) -> float:
-        return (self.model.hidden_size * self._mask(self.model.hidden_dropout)) / self._sequence_shards() + 8
-
-    def final_norm(self) -> float:
-        return self.size * self.model.hidden_size / self._sequence_shards()
-
-    def head(self) -> float:
-        """Its input, and the softmax over this rank's share of the vocabulary in fp32 (section 4.3)."""
-        return (
-            self.size * self.model.hidden_size / self._sequence_shards()
-            + 4 * self.model.padded_vocab_size / self.tp
-        )
-
-    def _sequence_shards(self) -> int:
-        return self.tp if self.sequence_parallel else 1
-
-    def _mask(self, dropout: float) -> int:
-        return 1 if dropout else 0
-
-    def _replicated(self) -> float:
-        """Per norm its input and its output (the next linear's input), and two dropout masks: 10 h in the
-        paper.
-        """
-        h = self.model.hidden_size
-        return 4 * self.size * h + 2 * h * self._mask(self.model.hidden_dropout)
-
-    def _sharded(self) -> float:
-        """Query, key, value, the output projection's input, and the MLP's two widths: 24 h in the paper."""
-        m = self.model
-        fc1_out = 2 * m.ffn_width if m.is_gated else m.ffn_width
-        return self.size * (2 * m.query_width + 2 * m.kv_width + fc1_out + m.ffn_width)
-
-    def _core_attention(self) -> float:
-        """5 a s a token: scores and probabilities at 2 bytes and a mask; with flash only the log-sum-exp, 4
-        bytes.
-        """
-        heads = self.model.num_attention_heads
-        if self.flash:
-            return 4.0 * heads
-        dropped = (1 + self.size) * self._mask(self.model.attention_dropout)
-        return heads * self.s * (self.size + dropped)

@@ -5,6 +5,7 @@ fills it with keys already rotated, and the value that flows between the layers 
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from megatron.core.inference.contexts import StaticInferenceContext
@@ -16,9 +17,7 @@ from model_providers.layer_plan import GPTInputs
 
 
 def generation_cache(model: ModelConfig, *, batch_size: int, max_length: int) -> StaticInferenceContext:
-    """Room for ``max_length`` tokens, prompt included, of ``batch_size`` sequences; filled from the first
-    step on.
-    """
+    """Room for ``max_length`` tokens of ``batch_size`` sequences, prompts included."""
     if model.position_embedding == "learned" and max_length > model.max_sequence_length:
         raise ModelError(
             f"max_length={max_length}: the learned positions end at max_sequence_length="
@@ -31,11 +30,9 @@ def generation_cache(model: ModelConfig, *, batch_size: int, max_length: int) ->
 def next_logits(
     layers: Iterable[nn.Module], tokens: torch.Tensor, cache: StaticInferenceContext, model: ModelConfig
 ) -> torch.Tensor:
-    """Feed the tokens that the cache has not seen, [b s]; logits of each, over the unpadded vocabulary: [b s
-    v].
+    """Feed the tokens that the cache has not seen, [b s], and return the logits of each, [b s v], unpadded.
 
-    The first call takes the prompts, the next ones usually a single token; prompts of one call have one
-    length.
+    The first call takes the prompts, all of one length; the next ones usually a single token.
     """
     end = cache.sequence_len_offset + tokens.size(1)
     if end > cache.max_sequence_length:
@@ -44,8 +41,8 @@ def next_logits(
         )
     if tokens.size(0) > cache.max_batch_size:
         raise ModelError(f"batch_size={cache.max_batch_size}: got {tokens.size(0)} sequences; make it larger")
-    value = GPTInputs(tokens, cache=cache)
+    value: Any = GPTInputs(tokens, cache=cache)
     for layer in layers:
         value = layer(value)
     cache.increment_sequence_len_offset(tokens.size(1))
-    return value[..., : model.known_vocab_size].transpose(0, 1)  # type: ignore[index, union-attr]
+    return value[..., : model.known_vocab_size].transpose(0, 1)

@@ -97,16 +97,12 @@ class _Finish(NamedTuple):
 
 
 def checkpoint(function: Any, *tensors: torch.Tensor) -> Any:
-    """Run ``function`` now without keeping its activations, and again in the backward pass with the same
-    random streams.
-    """
+    """Run ``function`` without keeping its activations, and again in the backward pass with equal streams."""
     return tensor_parallel.checkpoint(function, False, *tensors)
 
 
 class _SoloGroup:
-    """A process group of one, for the calls that megatron-core's layers make on it; nothing needs to be
-    initialised.
-    """
+    """As much of a process group of one as megatron-core's layers ask for; nothing is initialised."""
 
     def size(self) -> int:
         return 1

@@ -1,8 +1,8 @@
 """Which implementation of each layer: Transformer Engine on CUDA where it is installed, else torch.
 
 The only file that looks for Transformer Engine and for NVIDIA's apex.  Norms and linears stay separate
-modules in both sets (Transformer Engine could fuse them), so the names of parameters do not depend on the
-kernels.
+modules in both sets, which Transformer Engine could fuse, so that the names of parameters do not depend on
+the kernels.
 """
 
 import importlib
@@ -77,9 +77,7 @@ class Kernels(NamedTuple):
 
 
 def choose_kernels(choice: str, device: str) -> Kernels:
-    """``device`` is a type, "cpu" or "cuda".  "auto" takes Transformer Engine where it can, and logs one
-    line.
-    """
+    """For a device type, "cpu" or "cuda"; "auto" takes Transformer Engine where it can, and logs one line."""
     if choice not in ("auto", "te", "torch"):
         raise ModelError(f"kernels={choice}: unknown; choose auto, te or torch")
     if choice == "torch":
@@ -112,9 +110,7 @@ def transformer_engine_obstacle(device: str) -> str | None:
 
 
 def apex_obstacle() -> str | None:
-    """Why NVIDIA's apex cannot be used, or None.  PyPI's package of that name is a toolkit for the Pyramid
-    web framework.
-    """
+    """Why NVIDIA's apex cannot be used, or None; PyPI's apex is a toolkit for the Pyramid web framework."""
     if importlib.util.find_spec("apex") is None:
         return "apex is not installed"
     try:
@@ -158,9 +154,7 @@ def _te_core_attention() -> type:
     """A class made on demand: its base is a real class only where Transformer Engine is installed."""
 
     class SegmentedAttention(mcore_te.TEDotProductAttention):  # type: ignore[misc]
-        """Transformer Engine's attention; packed documents, whose mask it only takes unfused, go through
-        torch's SDPA.
-        """
+        """Packed documents, whose mask Transformer Engine takes only unfused, go through torch's SDPA."""
 
         def forward(
             self, query: Any, key: Any, value: Any, attention_mask: Any, attn_mask_type: Any, **rest: Any

@@ -24,9 +24,7 @@ class GPTInputs(NamedTuple):
     """What the first layer takes."""
 
     tokens: torch.Tensor  # int64 [b s]
-    segments: torch.Tensor | None = (
-        None  # int32 [b s]: 0, 1, ... rising; attention and learned positions stay inside one
-    )
+    segments: torch.Tensor | None = None  # int32 [b s]: documents by number; attention stays inside one
     cache: Any = None  # keys and values of earlier tokens, in generation only; never on the wire
 
     def to_wire(self) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -56,9 +54,7 @@ class Targets(NamedTuple):
     """What the loss takes beside the last layer's output; a plain tuple of the two will do."""
 
     labels: torch.Tensor  # int64 [b s]
-    weights: (
-        torch.Tensor
-    )  # float32 [b s]; the loss is the weighted sum, so the caller's weights decide which mean it is
+    weights: torch.Tensor  # float32 [b s]; the loss is a weighted sum: the weights decide which mean it is
 
 
 class Recompute(NamedTuple):
@@ -80,19 +76,19 @@ class Recompute(NamedTuple):
 
 
 class PlannedLayer(NamedTuple):
+    """``build`` makes the module with the same weights at every call and in every layout, and touches no
+    global random state.
+    """
+
     name: str  # the prefix of its parameters' names: "embedding", "layers.0", ..., "final_norm", "head"
-    build: Callable[
-        [], nn.Module
-    ]  # the same weights at every call, whatever the layout; touches no global random state
+    build: Callable[[], nn.Module]
     cost: LayerCost
     checkpointable: bool  # may be forgotten under full recompute
 
 
 class Tie(NamedTuple):
-    """Two parameters that are one: the same object when both layers live in one module, synchronised replicas
-    otherwise.
-
-    Both are drawn with the same initial values.
+    """Two parameters that are one: the same object where both layers live in one module, else replicas that
+    the engine keeps equal.  Both start with the same values.
     """
 
     owner: str
@@ -119,8 +115,7 @@ def _to_wire(value: GPTInputs | GPTValue) -> torch.Tensor | tuple[torch.Tensor, 
 class PlanModule(nn.Module):
     """A layer of a plan: subclasses map value to value in ``apply_to``; ``forward`` takes the wire form too.
 
-    Written to stand before another module class, megatron-core's TransformerLayer for one, in the list of
-    bases.
+    It can stand before another module class in the list of bases, such as megatron-core's TransformerLayer.
     """
 
     takes: type[GPTInputs] | type[GPTValue] = GPTValue
@@ -142,9 +137,7 @@ class PlanModule(nn.Module):
 def drop_empty_extra_state(
     module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any
 ) -> None:
-    """megatron-core's linears put ``_extra_state: None`` beside each weight; DeepSpeed's checkpoints clone
-    every entry.
-    """
+    """megatron-core's linears put ``_extra_state: None`` beside weights; DeepSpeed's checkpoints clone it."""
     for name in [name for name in state if name.startswith(prefix) and name.endswith("_extra_state")]:
         if state[name] is None:
             del state[name]

@@ -1,4 +1,6 @@
-"""Who may see whom: packed documents, and windows; megatron-core's convention, True = hidden."""
+"""Who may see whom: packed documents, windows, and queries that come after a cache."""
+
+from functools import lru_cache
 
 import torch
 
@@ -20,7 +22,7 @@ class MaskMaker:
         self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def hidden(self, segments: torch.Tensor | None) -> torch.Tensor | None:
-        """[b s] -> bool [b 1 s s]: pairs of tokens in different documents"""
+        """[b s] -> bool [b 1 s s], True for tokens of different documents (megatron-core's convention)"""
         if segments is None:
             return None
         if self._last is None or self._last[0] is not segments:
@@ -31,8 +33,7 @@ class MaskMaker:
 def visible(
     sq: int, sk: int, window: int | None, hidden: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor | None:
-    """The mask that SDPA takes, True = seen: [sq sk] or [b 1 sq sk]; None where plain causal attention, or
-    one query, will do.
+    """The mask that SDPA takes, True = seen, [sq sk] or [b 1 sq sk]; None where its causal flag will do.
 
     The queries are the last ``sq`` of the ``sk`` positions.
     """
@@ -40,10 +41,14 @@ def visible(
         window = None
     if hidden is None and window is None and (sq == sk or sq == 1):
         return None
-    distance = (
-        torch.arange(sk - sq, sk, device=device)[:, None] - torch.arange(sk, device=device)[None]
-    )  # [sq sk]
-    seen = distance >= 0
-    if window is not None:
-        seen &= distance < window
+    seen = _causal(sq, sk, window or sk, device)
     return seen if hidden is None else seen & ~hidden
+
+
+@lru_cache(maxsize=2)
+@torch.inference_mode(False)  # a mask first made in an evaluation is later saved for a backward pass
+def _causal(sq: int, sk: int, window: int, device: torch.device) -> torch.Tensor:
+    """bool [sq sk]: keys at most ``window - 1`` before the query, and none after it"""
+    queries = torch.arange(sk - sq, sk, device=device)[:, None]
+    distance = queries - torch.arange(sk, device=device)[None]
+    return (distance >= 0) & (distance < window)

@@ -1,6 +1,4 @@
-"""ModelConfig, layout and number format as megatron-core's TransformerConfig: the only file that spells its
-fields.
-"""
+"""ModelConfig, layout and number format as megatron-core's TransformerConfig, spelled nowhere else."""
 
 from collections.abc import Callable
 from functools import partial
@@ -32,12 +30,13 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def mcore_config(
     model: ModelConfig, layout: Layout, *, params_dtype: torch.dtype, recompute: Recompute, fuse: bool
 ) -> TransformerConfig:
-    """``fuse``: megatron-core's fused kernels, for Transformer Engine on CUDA; elsewhere they are
-    torch.compile or absent.
+    """``fuse``: megatron-core's fused activation and residual, torch.compile by another name, on CUDA only.
 
     The pipeline size stays 1: stages are the plan's affair, and megatron-core would offset layer numbers by
     it.
     """
+    # (tokens before, tokens after)
+    window = (model.sliding_window - 1, 0) if model.sliding_window else None
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -52,13 +51,10 @@ def mcore_config(
         add_bias_linear=model.linear_bias,
         add_qkv_bias=model.qkv_bias,
         qk_layernorm=model.qk_norm,
-        window_size=(model.sliding_window - 1, 0)
-        if model.sliding_window
-        else None,  # (tokens before, tokens after)
+        window_size=window,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
-        # Weights are drawn by initial.py, so that they depend on nothing but their name; here they are only
-        # allocated.
+        # Only allocated here: initial.py draws them, so that they depend on nothing but seed and name.
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,
@@ -72,12 +68,11 @@ def mcore_config(
         sequence_parallel=layout.shards_sequence,
         recompute_granularity="selective" if recompute.mode == "selective" else None,
         recompute_modules=["core_attn"] if recompute.mode == "selective" else None,
-        # The portable gated activation is a module of the layer spec, and megatron-core takes it under this
-        # flag alone.
+        # Our gated activation is a module of the layer spec, and megatron-core takes one under this flag
+        # only.
         use_te_activation_func=model.is_gated and not fuse,
         bias_activation_fusion=fuse and model.activation == "swiglu",
         bias_dropout_fusion=fuse,
-        apply_rope_fusion=fuse and model.position_embedding == "rotary",
         gradient_accumulation_fusion=False,
         cuda_graph_scope=[],
         transformer_impl="transformer_engine" if fuse else "local",

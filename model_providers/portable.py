@@ -1,8 +1,6 @@
-"""The torch implementation of attention, norms and gated activations, on CPU and CUDA alike, in
-megatron-core's seams.
+"""Attention, norms and gated activations in torch, on CPU and CUDA alike, in megatron-core's seams.
 
-Everything is laid out [s b n d], sequence outermost, as megatron-core has it; SDPA takes permuted views
-without a copy.
+Everything has the shape [s b n d], sequence outermost, as in megatron-core; SDPA takes permuted views of it.
 """
 
 import math
@@ -29,12 +27,9 @@ class Norm(nn.Module):
         super().__init__()
         self.eps, self.shape = eps, (hidden_size,)
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        bias = (
-            torch.zeros(hidden_size, dtype=config.params_dtype)
-            if config.normalization == "LayerNorm"
-            else None
-        )
-        self.bias = None if bias is None else nn.Parameter(bias)
+        self.bias = None
+        if config.normalization == "LayerNorm":
+            self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
@@ -93,13 +88,13 @@ def attend(
     window = config.window_size[0] + 1 if config.window_size else None
     seen = visible(sq, sk, window, hidden, query.device)
     dropout = config.attention_dropout if training else 0.0
+    grouped_kernel = query.is_cuda and seen is None  # flash attention on CUDA takes grouped heads as they are
     if n != g and seen is not None and seen.dim() == 4:
         # A mask for each sequence cannot be broadcast over folded groups.
         key, value = (x.repeat_interleave(n // g, dim=2) for x in (key, value))
         g = n
-    q, k, v = (
-        fold_groups(query, key, value) if n != g else (x.permute(1, 2, 0, 3) for x in (query, key, value))
-    )
+    fold = n != g and not grouped_kernel
+    q, k, v = fold_groups(query, key, value) if fold else (x.permute(1, 2, 0, 3) for x in (query, key, value))
     with own_stream(config) if dropout else nullcontext():
         out = F.scaled_dot_product_attention(
             q,
@@ -109,16 +104,16 @@ def attend(
             dropout_p=dropout,
             is_causal=seen is None and sq > 1,
             scale=1.0 / math.sqrt(d),
+            enable_gqa=n != g and grouped_kernel,
         )
     # [b n sq d], or folded [b*g n/g sq d] -> [sq b n*d]
     return out.view(b, -1, *out.shape[1:]).permute(3, 0, 1, 2, 4).reshape(sq, b, n * d)
 
 
 def fold_groups(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Heads that share a key become one "sequence" of a larger batch: [s b n d], [s b g d] x 2 -> [b*g n/g s
-    d] x 3.
+    """A group becomes a sequence of a larger batch: [s b n d], [s b g d] x 2 -> [b*g n/g s d] x 3, all views.
 
-    Views only.  SDPA's own ``enable_gqa`` leaves the fused kernel on the CPU: three times slower (measured).
+    SDPA's own ``enable_gqa`` leaves the fused kernel on the CPU: three times slower (measured).
     """
     s, b, g, d = key.shape
     q = query.unflatten(2, (g, -1)).permute(1, 2, 3, 0, 4).flatten(0, 1)
@@ -128,8 +123,8 @@ def fold_groups(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> 
 
 
 def own_stream(config: Any) -> Any:
-    """Heads differ between tensor ranks, so each draws its dropout from its own stream; under sequence
-    parallelism the block is in it already.
+    """Tensor ranks hold different heads, so each drops from its own stream; under sequence parallelism the
+    whole block is in it already.
     """
     return nullcontext() if config.sequence_parallel else tensor_parallel.get_cuda_rng_tracker().fork()
 
@@ -194,9 +189,15 @@ class PortableSelfAttention(RotatedSelfAttention):
     def heads(
         self, hidden_states: torch.Tensor, angles: Any
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if self.config.qk_layernorm or self.config.num_query_groups < self.world_size:
-            return super().heads(hidden_states, angles)
+        if self.config.num_query_groups < self.world_size:
+            return super().heads(hidden_states, angles)  # gathers the key heads that tensor ranks share
         joined, _ = self.linear_qkv(hidden_states)  # [s b h] -> [s b g/tp*(n/g + 2)*d]
         grouped = (self.num_query_groups_per_partition, -1, self.hidden_size_per_attention_head)
-        cos, sin = angles or (None, None)
-        return SplitHeads.apply(joined.unflatten(-1, grouped), cos, sin)
+        joined = joined.unflatten(-1, grouped)
+        if not self.config.qk_layernorm:
+            return SplitHeads.apply(joined, *(angles or (None, None)))
+        query, key, value = SplitHeads.apply(joined, None, None)
+        query, key = self.q_layernorm(query), self.k_layernorm(key)
+        if angles is not None:
+            query, key = rotate(query, *angles), rotate(key, *angles)
+        return query, key, value

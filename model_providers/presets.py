@@ -14,15 +14,9 @@ from model_providers.errors import ModelError
 
 
 def _gpt2(num_layers: int, hidden_size: int, num_attention_heads: int, **facts: Any) -> ModelConfig:
-    """The shape that GPT-2, GPT-3 and Megatron's GPT share: LayerNorm, learned positions, tanh GELU, biases,
-    tied.
-    """
-    facts = {
-        "vocab_size": 50257,
-        "max_sequence_length": 1024,
-        "hidden_dropout": 0.1,
-        "attention_dropout": 0.1,
-    } | facts
+    """What GPT-2, GPT-3 and Megatron's GPT share: LayerNorm, learned positions, tanh GELU, biases, tied."""
+    dropout = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+    facts = {"vocab_size": 50257, "max_sequence_length": 1024} | dropout | facts
     return ModelConfig(
         num_layers=num_layers,
         hidden_size=hidden_size,
@@ -37,9 +31,7 @@ def _gpt2(num_layers: int, hidden_size: int, num_attention_heads: int, **facts: 
 
 
 def _gpt3(num_layers: int, hidden_size: int, num_attention_heads: int) -> ModelConfig:
-    """Brown et al. 2020 (arXiv:2005.14165).  Their alternating sparse attention (section 2.1) is left out;
-    the paper names no dropout.
-    """
+    """Brown et al. 2020 (arXiv:2005.14165), who name no dropout; their sparse layers (2.1) are left out."""
     facts = {"max_sequence_length": 2048, "hidden_dropout": 0.0, "attention_dropout": 0.0}
     return _gpt2(num_layers, hidden_size, num_attention_heads, **facts)
 
@@ -94,8 +86,7 @@ PRESETS: Mapping[str, ModelConfig] = {
         vocab_size=4096,
         max_sequence_length=512,
     ),
-    # Radford et al. 2019, Table 2; heads and dropout from the configs released on Hugging Face (gpt2,
-    # -medium, -large, -xl).
+    # Radford et al. 2019, Table 2; heads and dropout as in the configs released on Hugging Face.
     "gpt2-124m": _gpt2(12, 768, 12),
     "gpt2-355m": _gpt2(24, 1024, 16),
     "gpt2-774m": _gpt2(36, 1280, 20),
@@ -104,9 +95,7 @@ PRESETS: Mapping[str, ModelConfig] = {
     "gpt3-125m": _gpt3(12, 768, 12),
     "gpt3-350m": _gpt3(24, 1024, 16),
     "gpt3-760m": _gpt3(24, 1536, 16),
-    "gpt3-1.3b": _gpt3(
-        24, 2048, 16
-    ),  # the table prints 24 heads of 128, which is not 2048 wide; 16 gives its 1.3B
+    "gpt3-1.3b": _gpt3(24, 2048, 16),  # the table prints 24 heads of 128, but only 16 give its 2048 and 1.3B
     "gpt3-2.7b": _gpt3(32, 2560, 32),
     "gpt3-6.7b": _gpt3(32, 4096, 32),
     "gpt3-13b": _gpt3(40, 5120, 40),  # the table prints 5140, which 40 heads of 128 do not fill
@@ -151,9 +140,8 @@ def _sentence(fault: Any) -> str:
     key = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, ModelConfig.model_fields, n=1)
-        return f"{key}={fault['input']}: unknown key" + (
-            f"; did you mean {near[0]}?" if near else "; remove it"
-        )
+        hint = f"did you mean {near[0]}?" if near else "remove it"
+        return f"{key}={fault['input']}: unknown key; {hint}"
     if fault["type"] == "missing":
         return f"{key}: missing; give it, or name a preset"
     message = fault["msg"].removeprefix("Value error, ")

@@ -2,8 +2,8 @@
 
 Two streams, as in megatron-core: the default generator, equal on the ranks of a tensor group (they hold the
 same activations), and the tracker's model-parallel stream, different on each (they hold different heads or
-sequence shards). The trainer calls ``seed_streams`` at every step with that step's number, so a restart needs
-no saved RNG state.
+sequence shards).  The trainer calls ``seed_streams`` at every step with that step's number, so a restart
+needs no saved state.
 
 On the CPU the default generator is torch's own: shuffling and sampling must use a Generator of their own.
 """
@@ -68,9 +68,7 @@ def seed_streams(
     tracker.reset()
     shared = derive_seed("default", seed, step, pp_rank, dp_rank)
     if device == "cpu":
-        torch.default_generator.manual_seed(
-            shared
-        )  # torch.manual_seed would queue a seed for a CUDA that never comes
+        torch.default_generator.manual_seed(shared)  # torch.manual_seed would queue one for CUDA too
     else:
         torch.manual_seed(shared)
     tracker.add(DATA_PARALLEL_STREAM, shared)

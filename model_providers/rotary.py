@@ -14,7 +14,7 @@ from model_providers.config import LinearScaling, Llama3Scaling, ModelConfig, Ya
 
 
 def inverse_frequencies(model: ModelConfig) -> torch.Tensor:
-    """Radians a position turns each pair by: float32 [rotary/2]"""
+    """Radians by which each position turns each pair: float32 [w/2]"""
     width, base, scaling = model.rotary_width, model.rotary_base, model.rope_scaling
     frequencies = 1.0 / base ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
     if isinstance(scaling, LinearScaling):
@@ -73,12 +73,15 @@ class RotaryTable:
         """
         key = (like.device, like.dtype)
         if key not in self._made or self._made[key][0].size(0) < end:
-            positions = torch.arange(end, dtype=torch.float32)
-            angles = torch.outer(positions, self.frequencies)[:, None, None]  # [s 1 1 w/2]
-            cos, sin = angles.cos() * self.scale, angles.sin() * self.scale
-            self._made[key] = (torch.cat((cos, cos), dim=-1).to(like), sin.to(like))
+            self._made[key] = self._make(end, like)
         cos, sin = self._made[key]
         return cos[start:end], sin[start:end]
+
+    @torch.inference_mode(False)  # first made in an evaluation, it serves training too
+    def _make(self, end: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = torch.outer(torch.arange(end, dtype=torch.float32), self.frequencies)[:, None, None]
+        cos, sin = angles.cos() * self.scale, angles.sin() * self.scale  # [s 1 1 w/2]
+        return torch.cat((cos, cos), dim=-1).to(like.device, like.dtype), sin.to(like.device, like.dtype)
 
 
 def turn(x: torch.Tensor, out: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> None:

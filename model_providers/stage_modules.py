@@ -105,9 +105,7 @@ class FinalNorm(PlanModule, nn.Module):
 
 
 class Head(PlanModule, nn.Module):
-    """Logits over this rank's share of the padded vocabulary, with a weight of its own even when tied (see
-    Tie).
-    """
+    """Logits over this rank's share of the padded vocabulary; the weight is its own even when tied (see Tie)."""
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, groups: Any):
         super().__init__()

@@ -77,6 +77,17 @@ def test_dropout_rests_in_evaluation() -> None:
     torch.testing.assert_close(dropping(inputs), plain(inputs))
 
 
+@pytest.mark.parametrize("facts", [{}, {"sliding_window": 3}], ids=["rotary table", "window"])
+def test_what_an_evaluation_made_serves_training(facts: dict[str, Any]) -> None:
+    """Tables and masks first made in inference mode could not be saved for a backward pass."""
+    model = ModelConfig(**LLAMA_LIKE | facts)
+    built = build(model, sequence_length=23)
+    inputs, targets = batch(model, length=23)
+    with torch.inference_mode():
+        built(inputs)
+    loss_and_gradients(built, inputs, targets)
+
+
 def test_padding_the_vocabulary_changes_no_number() -> None:
     """Neither the loss nor a gradient: what 120 tokens padded to 128, 256 or not at all have in common."""
     results = []

@@ -1,0 +1,87 @@
+"""Bytes of activations that a layer keeps for its backward pass, per token, on one rank of the tensor group.
+
+Two accountings.  ``fused=True`` is this room's portable layers, term by term, and a test counts what autograd
+really stores.  ``fused=False`` is the paper's layer, whose attention writes its scores (Korthikanti et al.
+2022, arXiv:2205.05198, section 4).  Left out of the first: dropout inside attention on the CPU, with which
+torch 2.13 leaves the fused kernel and keeps the scores too.
+"""
+
+from typing import Literal, NamedTuple
+
+from model_providers.config import ModelConfig
+
+RecomputeMode = Literal["none", "selective", "full"]
+
+# Widths of the MLP kept between its two linears, the second one's input included, in multiples of ffn_width.
+KEPT_FFN_WIDTHS = {
+    "gelu": 2,  # input and output of the activation
+    "gelu_tanh": 2,
+    "relu": 1,  # its output tells where it was positive
+    "squared_relu": 2,
+    "swiglu": 3,  # gate, up, and their product; silu(gate) is computed again
+    "geglu": 4,  # and gelu(gate)
+}
+
+
+class ActivationMemory(NamedTuple):
+    model: ModelConfig
+    sequence_length: int
+    recompute: RecomputeMode
+    tp: int
+    sequence_parallel: bool
+    bytes_per_value: int
+    fused: bool
+
+    def embedding(self) -> float:
+        """Its dropout's mask, and the token's id."""
+        return self._mask(self.model.hidden_dropout) * self.model.hidden_size / self._shards() + 8
+
+    def block(self) -> float:
+        if self.recompute == "full":
+            return self.bytes_per_value * self.model.hidden_size / self._shards()  # 2 sbh: the input alone
+        core = 0.0 if self.recompute == "selective" else self._core_attention()
+        return self._norms_and_residual() / self._shards() + (self._between_linears() + core) / self.tp
+
+    def final_norm(self) -> float:
+        return (self.bytes_per_value * self.model.hidden_size + self._statistics()) / self._shards()
+
+    def head(self) -> float:
+        """Its input, and the log-probabilities of this rank's share of the vocabulary in fp32 (section 4.3)."""
+        logits = 4 * self.model.padded_vocab_size / self.tp
+        return self.bytes_per_value * self.model.hidden_size / self._shards() + logits
+
+    def _shards(self) -> int:
+        return self.tp if self.sequence_parallel else 1
+
+    def _mask(self, dropout: float) -> int:
+        """Bytes of a dropout mask's entry, as CUDA stores it."""
+        return 1 if dropout else 0
+
+    def _statistics(self) -> int:
+        """What a norm remembers of each token: the inverse deviation, LayerNorm also the mean."""
+        if not self.fused:
+            return 0
+        return 4 if self.model.normalization == "rmsnorm" else 2 * self.bytes_per_value
+
+    def _norms_and_residual(self) -> float:
+        """Input and output of both norms and two dropout masks: 10 h in the paper."""
+        h, mask = self.model.hidden_size, self._mask(self.model.hidden_dropout)
+        return 2 * (2 * self.bytes_per_value * h + mask * h + self._statistics())
+
+    def _between_linears(self) -> float:
+        """Query, key, value, the output projection's input, and the MLP's: 24 h in the paper."""
+        m = self.model
+        kept = 2 * m.query_width + 2 * m.kv_width + KEPT_FFN_WIDTHS[m.activation] * m.ffn_width
+        statistics = 0
+        if m.qk_norm:  # queries and keys before the norm stay too, and each head's statistics
+            kept += m.query_width + m.kv_width
+            statistics = (m.num_attention_heads + m.kv_heads) * self._statistics()
+        return self.bytes_per_value * kept + statistics
+
+    def _core_attention(self) -> float:
+        """5 a s in the paper: scores, probabilities, a mask.  Fused: its output, a log-sum-exp for each head."""
+        m = self.model
+        if self.fused:
+            return self.bytes_per_value * m.query_width + 4 * m.num_attention_heads
+        dropped = (1 + self.bytes_per_value) * self._mask(m.attention_dropout)
+        return m.num_attention_heads * self.sequence_length * (self.bytes_per_value + dropped)
