@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel import layers, mappings
 from megatron.core.tensor_parallel import random as mcore_random
 
 from model_providers.errors import ModelError
-from model_providers.random_streams import CpuStreamTracker, use_cpu_tracker
+from model_providers.random_streams import open_tracker
 
 TRIED_VERSIONS = ("0.16.1",)
 
@@ -217,8 +217,7 @@ def install(device: str, table: tuple[Replacement, ...] = TABLE) -> None:
     for row in table:
         if row.where == "everywhere" or device == "cpu":
             _replace(row)
-    if device == "cpu" and not isinstance(mcore_random._CUDA_RNG_STATE_TRACKER, CpuStreamTracker):
-        use_cpu_tracker()
+    open_tracker(device)
 
 
 def _replace(row: Replacement) -> None:

@@ -58,13 +58,25 @@ class CpuStreamTracker(mcore_random.CudaRNGStatesTracker):
             self._current_state_name = outer_name
 
 
+def open_tracker(device: str) -> mcore_random.CudaRNGStatesTracker:
+    """The tracker that megatron-core's modules look up, made if there is none; its streams wait to be seeded."""
+    if device == "cpu":
+        if not isinstance(mcore_random._CUDA_RNG_STATE_TRACKER, CpuStreamTracker):
+            mcore_random._CUDA_RNG_STATE_TRACKER = CpuStreamTracker()
+            mcore_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+        return mcore_random._CUDA_RNG_STATE_TRACKER
+    tracker = mcore_random.get_cuda_rng_tracker()
+    if not tracker.is_initialized():
+        # Transformer Engine asks only once, when a layer is built, whether there will be streams.
+        tracker.set_states({})
+    return tracker
+
+
 def seed_streams(
     seed: int, *, step: int = 0, tp_rank: int = 0, pp_rank: int = 0, dp_rank: int = 0, device: str = "cpu"
 ) -> None:
     """Start both streams afresh from ``seed``, ``step`` and the rank's coordinates."""
-    if device == "cpu" and not isinstance(mcore_random._CUDA_RNG_STATE_TRACKER, CpuStreamTracker):
-        use_cpu_tracker()
-    tracker = mcore_random.get_cuda_rng_tracker()
+    tracker = open_tracker(device)
     tracker.reset()
     shared = derive_seed("default", seed, step, pp_rank, dp_rank)
     if device == "cpu":
@@ -73,9 +85,3 @@ def seed_streams(
         torch.manual_seed(shared)
     tracker.add(DATA_PARALLEL_STREAM, shared)
     tracker.add(MODEL_PARALLEL_STREAM, derive_seed("model-parallel", seed, step, pp_rank, dp_rank, tp_rank))
-
-
-def use_cpu_tracker() -> None:
-    """Put our tracker where megatron-core's modules look for theirs."""
-    mcore_random._CUDA_RNG_STATE_TRACKER = CpuStreamTracker()
-    mcore_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True

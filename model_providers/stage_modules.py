@@ -32,6 +32,8 @@ class Embedding(PlanModule, nn.Module):
             init_method=config.embedding_init_method,
             config=config,
             tp_group=groups.tp,
+            # Learned positions are added to whole sequences first, so that their gradient is whole too.
+            reduce_scatter_embeddings=config.sequence_parallel and model.position_embedding != "learned",
         )
         self.word_embeddings.tp_group = (
             groups.tp
@@ -42,18 +44,23 @@ class Embedding(PlanModule, nn.Module):
             self.position_embeddings = nn.Embedding.from_pretrained(table, freeze=False)
 
     def apply_to(self, value: GPTInputs) -> GPTValue:
-        hidden = self.word_embeddings(value.tokens.t())  # [b s] -> [s b h]
-        if self.position_embeddings is not None:
-            start = value.cache.sequence_len_offset if value.cache is not None else 0
-            where = positions(value.tokens, value.segments, start)  # [1 s] or [b s]
-            hidden = hidden + self.position_embeddings(where.t())
-        if self.config.sequence_parallel:
-            hidden = tensor_parallel.scatter_to_sequence_parallel_region(
-                hidden, group=self.tp_group
-            )  # [s/tp b h]
+        hidden = self._scattered(value) if self.config.sequence_parallel else self._whole(value)
         with shard_stream(self):
             hidden = F.dropout(hidden, self.config.hidden_dropout, self.training)
         return GPTValue(hidden, value.segments, value.cache)
+
+    def _whole(self, value: GPTInputs) -> torch.Tensor:
+        hidden = self.word_embeddings(value.tokens.t())  # [b s] -> [s b h]
+        if self.position_embeddings is None:
+            return hidden
+        start = value.cache.sequence_len_offset if value.cache is not None else 0
+        where = positions(value.tokens, value.segments, start)  # [1 s] or [b s]
+        return hidden + self.position_embeddings(where.t())
+
+    def _scattered(self, value: GPTInputs) -> torch.Tensor:
+        if self.position_embeddings is None:
+            return self.word_embeddings(value.tokens)  # [b s] -> [s/tp b h], transposed on the way
+        return tensor_parallel.scatter_to_sequence_parallel_region(self._whole(value), group=self.tp_group)
 
 
 class Block(PlanModule, TransformerLayer):

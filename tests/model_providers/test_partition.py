@@ -48,5 +48,5 @@ def test_what_cannot_be_cut_is_refused(method: str | list[int], stages: int, mes
 
 
 def test_a_thousand_layers_are_cut_quickly() -> None:
-    bounds = partition([1.0 + (layer % 7) for layer in range(300)], 32)
-    assert len(bounds) == 33
+    bounds = partition([1.0 + (layer % 7) for layer in range(1000)], 64)
+    assert len(bounds) == 65
