@@ -28,7 +28,7 @@ COMMANDS = {
     "tokenizer": Command(
         "data_tools.tokenizer_training", "train a byte-level BPE tokenizer on a corpus of text"
     ),
-    "data": Command("data_tools.inspect", "inspect, merge or verify tokenised corpora"),
+    "data": Command("data_tools.corpus_commands", "inspect, merge or verify tokenised corpora"),
     "run": Command(
         "launch.run", "check a run file, then train it through the deepspeed launcher on this machine"
     ),

@@ -72,6 +72,8 @@ def device_faults(run: "Run", device_type: str) -> list[str]:
         found.append(
             "precision.dtype=fp16: DeepSpeed trains fp16 on GPUs only; use precision.dtype=bf16 or fp32 here"
         )
+    if run.config.optimizer.type.lower() == "lamb" and device_type == "cpu":
+        found.append("optimizer.type=Lamb: DeepSpeed has it for GPUs only; use AdamW or Lion here")
     if run.config.kernels == "te" and device_type == "cpu":
         found.append("kernels=te: Transformer Engine needs CUDA; use kernels=auto or kernels=torch here")
     return found
@@ -197,8 +199,8 @@ def nvme_buffers_hold_the_largest_parameter(run: "Run") -> str | None:
     size = get(dict(run.deepspeed), "zero_optimization.offload_param.buffer_size")
     if _device(run, "offload_param") == "nvme" and size is not None and size < run.largest_shard:
         return (
-            f"zero_optimization.offload_param.buffer_size={size}: the largest parameter's shard has {run.largest_shard} "
-            f'elements; use at least that, or "auto"'
+            f"zero_optimization.offload_param.buffer_size={size}: the largest parameter's shard has "
+            f'{run.largest_shard} elements; use at least that, or "auto"'
         )
     return None
 

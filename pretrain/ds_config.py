@@ -277,10 +277,10 @@ def _fill_zero(full: dict[str, Any], facts: Facts) -> None:
             section["nvme_path"] = _filled(section, "nvme_path", facts.nvme_path)
         if isinstance(section, dict) and section.get("buffer_size") == AUTO:
             section["buffer_size"] = facts.largest_shard
-    if facts.optimizer["type"].lower() in ADAM_LIKE and not optimizer_is_offloaded(full):
+    kind, params = facts.optimizer["type"].lower(), full["optimizer"]["params"]
+    if (kind in ADAM_LIKE or kind == "muon") and not optimizer_is_offloaded(full):
         # torch's fused AdamW runs on CPU and CUDA without compiling anything; DeepSpeed's own is a JIT build.
-        params = full["optimizer"]["params"]
-        if params.setdefault("torch_adam", True) and full["optimizer"]["type"].lower() == "adamw":
+        if params.setdefault("torch_adam", True) and kind == "adamw":
             params.setdefault("fused", True)
 
 

@@ -14,6 +14,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from model_providers.layer_plan import LayerPlan
+from pretrain.engine.cpu_adam import replay_products
 from pretrain.engine.groups import Groups
 from pretrain.engine.layers import BuiltLayer
 from pretrain.monitor.timers import PhaseTimers
@@ -95,6 +96,7 @@ class Engine(ABC):
         """What `save` wrote under the same layout."""
         path, _ = self.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
         assert path is not None, f"DeepSpeed found nothing to load under {folder}"
+        replay_products(self.deepspeed.basic_optimizer)
 
     def _result(self, loss: float) -> StepResult:
         norm = self.deepspeed.get_global_grad_norm()

@@ -11,7 +11,6 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
@@ -26,6 +25,7 @@ from pretrain.config import OptimizerConfig
 from pretrain.engine.base import Engine, MicroBatch, StepResult
 from pretrain.engine.groups import Groups, assert_same_ranks
 from pretrain.engine.layers import Prepare, Wire, build_layers, run_layers, tied_names
+from pretrain.engine.optimizers import client_optimizer, set_flags
 from pretrain.engine.step_control import StepControl
 from pretrain.monitor.timers import PhaseTimers
 from pretrain.optim import parameter_groups
@@ -199,11 +199,13 @@ def build_pipeline_engine(
     assert_same_ranks("dp", grid.get_data_parallel_group(), dist.get_process_group_ranks(groups.dp))
     assert_same_ranks("pp", grid.get_pipe_parallel_group(), dist.get_process_group_ranks(groups.pp))
     config = DeepSpeedConfig(json, grid)
-    deepspeed.set_optimizer_flags(config, module)
+    set_flags(config, module)
+    parameters = parameter_groups(module.named_parameters(), optimizer, tied_names(plan))
     engine = OneStage(
         args=None,
         model=module,
-        model_parameters=parameter_groups(module.named_parameters(), optimizer, tied_names(plan)),
+        optimizer=client_optimizer(json, parameters, groups.device),
+        model_parameters=parameters,
         mpu=grid,
         config=json,
         config_class=config,

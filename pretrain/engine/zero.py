@@ -13,6 +13,7 @@ from pretrain.config import OptimizerConfig
 from pretrain.engine.base import Engine, MicroBatch, StepResult
 from pretrain.engine.groups import Groups, ModelParallelUnit
 from pretrain.engine.layers import Prepare, Wire, build_layers, run_layers, tied_names
+from pretrain.engine.optimizers import client_optimizer, set_flags
 from pretrain.engine.step_control import StepControl
 from pretrain.optim import parameter_groups
 
@@ -81,11 +82,13 @@ def build_zero_engine(
         steps.append(LayerSharder(json, groups, mpu))
     module = LayerStack(plan, groups, steps)
     config = DeepSpeedConfig(json, mpu)
-    deepspeed.set_optimizer_flags(config, module)
+    set_flags(config, module)
+    parameters = parameter_groups(module.named_parameters(), optimizer, tied_names(plan))
     engine = StepControl(
         args=None,
         model=module,
-        model_parameters=parameter_groups(module.named_parameters(), optimizer, tied_names(plan)),
+        optimizer=client_optimizer(json, parameters, groups.device),
+        model_parameters=parameters,
         mpu=mpu,
         config=json,
         config_class=config,

@@ -1,0 +1,252 @@
+"""Stopping and resuming equals running through, bit for bit; what cannot go on says why."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pretrain import run as run_module
+from pretrain.batches import Feed, open_run_data
+from pretrain.checkpoint import save_load, store
+from pretrain.checkpoint.state import check_fits
+from pretrain.checkpoint.weights import WeightFolder
+from pretrain.config_io import Run, make_run
+from pretrain.engine.base import Engine
+from pretrain.engine.groups import join
+from pretrain.errors import RunError
+from pretrain.loop import Loop
+from pretrain.parity import Tensors, whole_model
+from pretrain.run import make_engine, make_plan, make_state
+from tests.ranks import RankError, RankPool
+from tests.runs import tiny
+
+DROPOUT = {"model__hidden_dropout": 0.1, "model__attention_dropout": 0.1}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one-zero0": (1, {"deepspeed": "zero0.json"}),
+    "dp2-zero1-bf16": (2, {"deepspeed": "zero1.json", "precision": "bf16"}),
+    "dp2-zero2": (2, {"deepspeed": "zero2.json"}),
+    "dp2-zero3": (2, {"deepspeed": "zero3.json"}),
+    "dp2-zero3-bf16": (2, {"deepspeed": "zero3.json", "precision": "bf16"}),
+    "tp2+sp": (2, {"layout": {"tp": 2, "sequence_parallel": True}}),
+    "pp2": (2, {"layout": {"pp": 2}, "deepspeed": "pipeline.json"}),
+    "pp2-zero0": (2, {"layout": {"pp": 2}, "deepspeed": "zero0.json"}),
+    "pp2-dp2-bf16": (4, {"layout": {"pp": 2}, "deepspeed": "pipeline.json", "precision": "bf16"}),
+    "dp2-zero2-cpu": (2, {"deepspeed": "zero2_cpu_offload.json"}),
+    "dp2-lion": (2, {"optimizer__type": "Lion", "optimizer__lr": 1e-4}),
+}
+
+
+def train(raw: dict[str, Any], stop_after: int | None = None) -> tuple[list[float], list[float], Tensors]:
+    """Train to the end or stop after some steps, saving then; losses, norms and the whole model's weights."""
+    run = make_run(raw, world_size=dist.get_world_size())
+    losses: list[float] = []
+    norms: list[float] = []
+
+    class Memory:
+        def write(self, record: Any) -> None:
+            losses.append(record.values["loss"])
+            norms.append(record.values["grad_norm"])
+
+        def close(self) -> None: ...
+
+    engine = go_on(run, stop_after, Memory())
+    return losses, norms, whole_model(engine, master_weight)
+
+
+def go_on(run: Run, stop_after: int | None, memory: Any) -> Engine:
+    groups = join(run.layout)
+    data = open_run_data(run, groups)
+    if groups.is_first:
+        data.tokenizer.save(run.folder / store.TOKENIZER)
+    checkpoint = save_load.find(run, groups)
+    engine = make_engine(run, make_plan(run, groups), groups)
+    state = save_load.load(checkpoint, engine) if checkpoint else make_state(run, data, step=0)
+    run_module.check_same_order(state, data, run)
+    feed = Feed(data.train, run, groups, consumed_samples=state.consumed_samples)
+
+    def save(step: int) -> None:
+        run_module.save(run, engine, data, step)
+
+    loop = Loop(run=run, engine=engine, feed=feed, evaluate=dict, save=save, sinks=[memory])
+    if stop_after is not None:
+        object.__setattr__(run.config.train, "steps", stop_after)  # a stop, without another schedule
+        object.__setattr__(run.config.schedule, "total_steps", 8)
+    loop.train(state.step)
+    feed.close()
+    return engine
+
+
+def master_weight(parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(parameter)
+
+
+def steps(raw: dict[str, Any], count: int) -> dict[str, Any]:
+    return {**raw, "train": {**raw["train"], "steps": count}}
+
+
+def eight(corpus: str, out: Path, **changes: Any) -> dict[str, Any]:
+    return tiny(corpus, out, **{**DROPOUT, "train__steps": 8, "schedule__total_steps": 8, **changes})
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_resuming_equals_running_through_bit_for_bit(
+    ranks: RankPool, corpus: str, tmp_path: Path, layout: str
+) -> None:
+    world_size, changes = LAYOUTS[layout]
+    through = ranks.run(train, world_size, eight(corpus, tmp_path / "through", **changes))[0]
+    raw = eight(corpus, tmp_path / "stopped", **changes)
+    first = ranks.run(train, world_size, raw, 5)[0]
+    second = ranks.run(train, world_size, raw)[0]
+    assert len(first[0]) == 5 and len(second[0]) == 3
+    assert first[0] + second[0] == through[0]
+    assert first[1] + second[1] == through[1]
+    assert through[2].keys() == second[2].keys()
+    assert all(torch.equal(second[2][name], through[2][name]) for name in through[2])
+
+
+def find_only(raw: dict[str, Any]) -> str | None:
+    run = make_run(raw, world_size=dist.get_world_size())
+    found = save_load.find(run, join(run.layout))
+    return found.name if found else None
+
+
+def refused(raw: dict[str, Any]) -> str:
+    """The message with which this run refuses to go on."""
+    try:
+        train(raw)
+    except RunError as mistake:
+        return str(mistake)
+    return "not refused"
+
+
+@pytest.fixture(scope="module")
+def stopped(ranks: RankPool, corpus: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run on two ranks that was stopped after 4 of 8 steps, with checkpoints at 2 and 4."""
+    out = tmp_path_factory.mktemp("stopped")
+    raw = eight(corpus, out, checkpoint={"every": 2, "keep_last": 2})
+    ranks.run(train, 2, raw, 4)
+    return raw
+
+
+@pytest.fixture
+def copied(stopped: dict[str, Any], tmp_path: Path) -> tuple[dict[str, Any], Path]:
+    """A copy of it to spoil: the run's values and its folder of checkpoints."""
+    import shutil
+
+    shutil.copytree(stopped["out"], tmp_path / "copy")
+    raw = {**stopped, "out": str(tmp_path / "copy")}
+    return raw, tmp_path / "copy" / "tiny" / "checkpoints"
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("spoil", "what"),
+    [
+        (lambda folder: (folder / "manifest.json").unlink(), "no readable manifest.json"),
+        (lambda folder: next((folder / "weights").iterdir()).unlink(), "missing"),
+        (lambda folder: next((folder / "deepspeed").iterdir()).write_bytes(b"short"), "5 bytes instead of"),
+        (lambda folder: flip_a_byte(next((folder / "deepspeed").iterdir())), "its content changed"),
+    ],
+    ids=["manifest", "missing", "cut", "flipped"],
+)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    ranks: RankPool, copied: tuple[dict[str, Any], Path], spoil: Callable[[Path], Any], what: str
+) -> None:
+    raw, root = copied
+    spoil(root / "step-0000004")
+    assert what in " ".join(store.faults(root / "step-0000004"))
+    assert ranks.run(find_only, 2, raw) == ["step-0000002"] * 2
+    with pytest.raises(RankError, match="is damaged"):
+        ranks.run(find_only, 2, {**raw, "checkpoint": {"resume": str(root / "step-0000004")}})
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.ranks
+def test_another_layout_is_refused_naming_both(ranks: RankPool, copied: tuple[dict[str, Any], Path]) -> None:
+    raw, _ = copied
+    message = ranks.run(refused, 2, {**raw, "layout": {"tp": 2}})[0]
+    assert "written with tp=1 pp=1 dp=2 sequence_parallel=0 zero_stage=1" in message
+    assert "this run has tp=2 pp=1 dp=1" in message
+    assert "checkpoint.weights_from=" in message
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"model": {"num_layers": 3}}, "holds another model: model.num_layers=3 (checkpoint: 4)"),
+        ({"data": {"seed": 9}}, "data.seed differ from those of the checkpoint"),
+        ({"data": {"split": "80,20,0"}}, "data.split"),
+    ],
+    ids=["model", "seed", "split"],
+)
+def test_another_model_or_other_data_are_refused(
+    ranks: RankPool, copied: tuple[dict[str, Any], Path], changes: dict[str, Any], what: str
+) -> None:
+    raw, _ = copied
+    changed = {**raw, **{section: {**raw[section], **values} for section, values in changes.items()}}
+    assert what in ranks.run(refused, 2, changed)[0]
+
+
+@pytest.mark.ranks
+def test_only_the_last_n_checkpoints_stay(ranks: RankPool, corpus: str, out: Path) -> None:
+    raw = eight(corpus, out, checkpoint={"every": 1, "keep_last": 3})
+    ranks.run(train, 1, raw)
+    root = out / "tiny" / "checkpoints"
+    assert [folder.name for folder in store.checkpoints(root)] == ["step-0000008", "step-0000007", "step-0000006"]
+    assert (root / "latest").read_text() == "step-0000008\n"
+    assert not list(root.glob("*.partial"))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("layout", ["dp2-zero3", "tp2+sp", "pp2"])
+def test_weights_of_any_layout_start_a_run_of_any_other(
+    ranks: RankPool, corpus: str, tmp_path: Path, layout: str
+) -> None:
+    world_size, changes = LAYOUTS[layout]
+    _, _, weights = ranks.run(train, world_size, eight(corpus, tmp_path / "from", **changes))[0]
+    folder = store.checkpoints(tmp_path / "from" / "tiny" / "checkpoints")[0]
+    for name, (size, other) in (("one-zero0", LAYOUTS["one-zero0"]), ("tp2-pp2", (4, {"layout": {"tp": 2, "pp": 2}}))):
+        raw = eight(corpus, tmp_path / name, checkpoint={"weights_from": str(folder)}, **other)
+        raw["train"] = {**raw["train"], "steps": 1}
+        raw["optimizer"] = {**raw["optimizer"], "lr": 1e-30, "weight_decay": 0.0}
+        _, _, started = ranks.run(train, size, raw)[0]
+        assert started.keys() == weights.keys()
+        assert all(torch.equal(started[key], weights[key]) for key in weights)
+
+
+@pytest.mark.ranks
+def test_weights_of_another_model_are_refused(ranks: RankPool, copied: tuple[dict[str, Any], Path]) -> None:
+    raw, root = copied
+    changed = {
+        **raw,
+        "name": "other",
+        "model": {**raw["model"], "ffn_hidden_size": 96},
+        "checkpoint": {"weights_from": str(root / "step-0000004")},
+    }
+    assert "the model section must be the one it was trained with" in ranks.run(refused, 2, changed)[0]
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no weight files there"):
+        WeightFolder(tmp_path)
+
+
+@pytest.mark.ranks
+def test_the_state_file_tells_everything_but_tensors(copied: tuple[dict[str, Any], Path]) -> None:
+    _, root = copied
+    state = json.loads((root / "step-0000004" / "state.json").read_text())
+    assert state["step"] == 4 and state["consumed_samples"] == 32 and state["tokens"] == 4 * 8 * 32
+    assert check_fits is not None and state["layout"]["zero_stage"] == 1
