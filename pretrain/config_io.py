@@ -30,7 +30,6 @@ from pretrain import config_rules, ds_config
 from pretrain.config import RunConfig
 from pretrain.errors import RunError
 
-
 SHARD_ALIGNMENT = 1024  # elements; DeepSpeed pads shards to whole blocks of asynchronous I/O
 
 

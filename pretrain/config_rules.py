@@ -266,6 +266,34 @@ def muon_needs_whole_matrices(run: "Run") -> str | None:
     return None
 
 
+def muon_wants_whole_gradients(run: "Run") -> str | None:
+    zero = run.deepspeed["zero_optimization"]
+    if run.config.optimizer.type.lower() == "muon" and zero["stage"] == 3 and zero.get("reduce_scatter"):
+        return "zero_optimization.reduce_scatter=true with optimizer.type=Muon and stage=3: use false, or leave it out"
+    return None
+
+
+def muon_is_not_clipped(run: "Run") -> str | None:
+    if run.config.optimizer.type.lower() == "muon" and run.deepspeed["gradient_clipping"]:
+        return (
+            f"optimizer.gradient_clipping={run.deepspeed['gradient_clipping']} with optimizer.type=Muon: "
+            "under ZeRO DeepSpeed would clip the orthogonalised update, whose norm says nothing about the "
+            "gradient; use 0"
+        )
+    return None
+
+
+def adagrad_decays_everything_under_zero(run: "Run") -> str | None:
+    optimizer = run.config.optimizer
+    if optimizer.type.lower() == "adagrad" and run.zero_stage and optimizer.weight_decay:
+        return (
+            f"optimizer.weight_decay={optimizer.weight_decay} with optimizer.type=Adagrad and "
+            f"zero_optimization.stage={run.zero_stage}: DeepSpeed makes one group of all parameters there, "
+            "norms and biases too; use weight_decay=0, or stage 0"
+        )
+    return None
+
+
 def final_decay_begins_after_warmup(run: "Run") -> str | None:
     """A warm-up that outlasts the run does no harm: short trials of a long schedule are common."""
     schedule = run.config.schedule
@@ -275,9 +303,9 @@ def final_decay_begins_after_warmup(run: "Run") -> str | None:
     total = getattr(schedule, "total_steps", None) or run.config.train.steps
     if schedule.warmup_steps + decay_steps > total:
         return (
-            f"schedule.decay_steps={decay_steps} with warmup_steps={schedule.warmup_steps}: they overlap in a "
-            f"schedule of {total} steps; use decay_steps <= {max(0, total - schedule.warmup_steps)}, or "
-            f"raise train.steps"
+            f"schedule.decay_steps={decay_steps} with warmup_steps={schedule.warmup_steps}: they overlap in "
+            f"a schedule of {total} steps; use decay_steps <= {max(0, total - schedule.warmup_steps)}, or "
+            "raise train.steps"
         )
     return None
 
@@ -320,6 +348,9 @@ RULES: tuple[Rule, ...] = (
     zero_knows_the_optimizer,
     offload_knows_the_optimizer,
     muon_needs_whole_matrices,
+    muon_wants_whole_gradients,
+    muon_is_not_clipped,
+    adagrad_decays_everything_under_zero,
     final_decay_begins_after_warmup,
     resume_folder_exists,
 )

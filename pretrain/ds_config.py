@@ -117,6 +117,7 @@ def complete(document: dict[str, Any], facts: "Facts") -> dict[str, Any]:
         "job_name": _filled(full, "tensorboard.job_name", "tensorboard"),
     }
     _fill_zero(full, facts)
+    _fill_kernels(full, facts)
     full["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False, **_section(full, "pipeline")}
     if full.get("scheduler") in (AUTO, None):
         full.pop("scheduler", None)
@@ -273,15 +274,24 @@ def _fill_zero(full: dict[str, Any], facts: Facts) -> None:
             zero[key] = value()
     for path in OFFLOAD_PATHS:
         section = get(full, path)
-        if isinstance(section, dict) and section.get("device") == "nvme" and facts.nvme_path is not None:
+        if not isinstance(section, dict):
+            continue
+        if section.get("device") == "nvme" and facts.nvme_path is not None:
             section["nvme_path"] = _filled(section, "nvme_path", facts.nvme_path)
-        if isinstance(section, dict) and section.get("buffer_size") == AUTO:
+        if section.get("buffer_size") == AUTO:
             section["buffer_size"] = facts.largest_shard
+
+
+def _fill_kernels(full: dict[str, Any], facts: Facts) -> None:
+    """torch's fused AdamW runs on CPU and CUDA without compiling anything; DeepSpeed's own is a JIT build."""
     kind, params = facts.optimizer["type"].lower(), full["optimizer"]["params"]
-    if (kind in ADAM_LIKE or kind == "muon") and not optimizer_is_offloaded(full):
-        # torch's fused AdamW runs on CPU and CUDA without compiling anything; DeepSpeed's own is a JIT build.
-        if params.setdefault("torch_adam", True) and kind == "adamw":
-            params.setdefault("fused", True)
+    if kind == "muon" and full["zero_optimization"]["stage"] == 3:
+        full["zero_optimization"].setdefault("reduce_scatter", False)  # DeepSpeed's Muon wants whole gradients
+    if optimizer_is_offloaded(full) or kind not in {*ADAM_LIKE, "muon"}:
+        return
+    params.setdefault("torch_adam", True)
+    if params["torch_adam"] and kind == "adamw":
+        params.setdefault("fused", True)
 
 
 def optimizer_is_offloaded(document: dict[str, Any]) -> bool:

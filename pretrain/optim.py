@@ -69,11 +69,13 @@ def _fall(lowest: float, height: float) -> float:
 def parameter_groups(
     named: Iterable[tuple[str, Any]], optimizer: OptimizerConfig, tied_names: Collection[str] = ()
 ) -> list[dict[str, Any]]:
-    """Two groups: matrices, which are decayed, and norms and biases, which are not.
+    """Two groups: matrices, which are decayed, and norms and biases, which are not; one if nothing is decayed.
 
     ``tied_names``: a head that is tied to the embedding is an embedding, on whatever rank it stands.  Under
     ZeRO-3 a parameter's own shape is that of its shard, so the whole one (``ds_shape``) decides.
     """
+    if optimizer.weight_decay == 0:
+        return [{"params": [parameter for _, parameter in named], "weight_decay": 0.0}]
     groups: dict[bool, list[Any]] = {True: [], False: []}
     for name, parameter in named:
         is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2

@@ -128,6 +128,27 @@ CASES: tuple[tuple[str, int, dict[str, Any], dict[str, Any] | None, str], ...] =
         r"optimizer\.type=Muon with layout\.tp=2.*use tp=1 and pp=1",
     ),
     (
+        "muon_wants_whole_gradients",
+        1,
+        {"optimizer__type": "Muon"},
+        {"zero_optimization": {"stage": 3, "reduce_scatter": True}},
+        r"reduce_scatter=true with optimizer\.type=Muon and stage=3: use false",
+    ),
+    (
+        "muon_is_not_clipped",
+        1,
+        {"optimizer__type": "Muon"},
+        None,
+        r"optimizer\.gradient_clipping=0\.5 with optimizer\.type=Muon.*use 0",
+    ),
+    (
+        "adagrad_decays_everything_under_zero",
+        1,
+        {"optimizer__type": "Adagrad"},
+        None,
+        r"optimizer\.weight_decay=0\.1 with optimizer\.type=Adagrad.*use weight_decay=0, or stage 0",
+    ),
+    (
         "final_decay_begins_after_warmup",
         1,
         {"schedule": {"kind": "wsd", "warmup_steps": 10, "decay_steps": 15}},

@@ -205,7 +205,11 @@ def test_only_the_last_n_checkpoints_stay(ranks: RankPool, corpus: str, out: Pat
     raw = eight(corpus, out, checkpoint={"every": 1, "keep_last": 3})
     ranks.run(train, 1, raw)
     root = out / "tiny" / "checkpoints"
-    assert [folder.name for folder in store.checkpoints(root)] == ["step-0000008", "step-0000007", "step-0000006"]
+    assert [folder.name for folder in store.checkpoints(root)] == [
+        "step-0000008",
+        "step-0000007",
+        "step-0000006",
+    ]
     assert (root / "latest").read_text() == "step-0000008\n"
     assert not list(root.glob("*.partial"))
 
@@ -218,7 +222,10 @@ def test_weights_of_any_layout_start_a_run_of_any_other(
     world_size, changes = LAYOUTS[layout]
     _, _, weights = ranks.run(train, world_size, eight(corpus, tmp_path / "from", **changes))[0]
     folder = store.checkpoints(tmp_path / "from" / "tiny" / "checkpoints")[0]
-    for name, (size, other) in (("one-zero0", LAYOUTS["one-zero0"]), ("tp2-pp2", (4, {"layout": {"tp": 2, "pp": 2}}))):
+    for name, (size, other) in (
+        ("one-zero0", LAYOUTS["one-zero0"]),
+        ("tp2-pp2", (4, {"layout": {"tp": 2, "pp": 2}})),
+    ):
         raw = eight(corpus, tmp_path / name, checkpoint={"weights_from": str(folder)}, **other)
         raw["train"] = {**raw["train"], "steps": 1}
         raw["optimizer"] = {**raw["optimizer"], "lr": 1e-30, "weight_decay": 0.0}

@@ -1,0 +1,87 @@
+"""Validation losses are the same in every layout, with any micro-batch size, and change nothing in training."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from pretrain.batches import Feed, open_run_data
+from pretrain.config_io import make_run
+from pretrain.engine.groups import join
+from pretrain.evaluate import evaluate_all
+from pretrain.run import make_engine, make_plan
+from tests.ranks import RankPool
+from tests.runs import make_corpus, tiny
+
+
+def evaluate_and_train(
+    raw: dict[str, Any], *, evaluate_first: bool = True
+) -> tuple[dict[str, float], list[float]]:
+    """Validation losses of the initial weights, then the losses of two steps, evaluating between them."""
+    run = make_run(raw, world_size=dist.get_world_size())
+    groups = join(run.layout)
+    data = open_run_data(run, groups)
+    engine = make_engine(run, make_plan(run, groups), groups)
+    feed = Feed(data.train, run, groups, consumed_samples=0)
+    losses_by_set = evaluate_all(engine, data, run) if evaluate_first else {}
+    losses = [engine.train_step(feed.next_step()).loss]
+    if evaluate_first:
+        evaluate_all(engine, data, run)
+    losses.append(engine.train_step(feed.next_step()).loss)
+    feed.close()
+    return losses_by_set, losses
+
+
+@pytest.fixture(scope="module")
+def named_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("sets")
+    return {
+        name: make_corpus(folder, name=name, num_documents=30, seed=seed)
+        for name, seed in (("prose", 1), ("verse", 2))
+    }
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("world_size", "changes"),
+    [
+        (2, {"deepspeed": "zero2.json"}),
+        (2, {"deepspeed": "zero3.json"}),
+        (2, {"layout": {"tp": 2, "sequence_parallel": True}}),
+        (2, {"layout": {"pp": 2}, "deepspeed": "pipeline.json"}),
+        (4, {"layout": {"pp": 2}, "deepspeed": "pipeline.json"}),
+    ],
+    ids=["dp2", "dp2-zero3", "tp2+sp", "pp2", "pp2-dp2"],
+)
+@pytest.mark.parametrize("micro_size", [None, 1, 3])
+def test_validation_losses_do_not_depend_on_the_layout(
+    ranks: RankPool,
+    corpus: str,
+    named_sets: dict[str, str],
+    out: Path,
+    world_size: int,
+    changes: dict[str, Any],
+    micro_size: int | None,
+) -> None:
+    """10 samples fill no step of 4 or 6: fillers must not count. Under a pipeline, shapes change and change back."""
+    base = {"data__validation": named_sets, "train__eval_samples": 10}
+    reference = ranks.run(evaluate_and_train, 1, tiny(corpus, out, **base, deepspeed="zero0.json"))[0]
+    raw = tiny(corpus, out, **base, **changes, train__eval_micro_size=micro_size)
+    for losses_by_set, losses in ranks.run(evaluate_and_train, world_size, raw):
+        assert losses_by_set == pytest.approx(reference[0], rel=1e-6)
+        assert losses == pytest.approx(reference[1], rel=1e-6)
+    assert set(reference[0]) == {"valid", "prose", "verse"}
+    assert len(set(reference[0].values())) == 3
+
+
+@pytest.mark.ranks
+def test_evaluating_changes_nothing_in_training_with_dropout(ranks: RankPool, corpus: str, out: Path) -> None:
+    raw = tiny(corpus, out, model__hidden_dropout=0.2)
+    with_evaluation = ranks.run(evaluate_and_train, 1, raw)[0]
+    without = ranks.run(_train_only, 1, raw)[0]
+    assert with_evaluation[1][0] == without[1][0]
+
+
+def _train_only(raw: dict[str, Any]) -> tuple[dict[str, float], list[float]]:
+    return evaluate_and_train(raw, evaluate_first=False)
