@@ -1,6 +1,7 @@
 """Learning rates as functions of the step, and what is decayed."""
 
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -62,7 +63,7 @@ def test_wsd_holds_the_peak_and_then_falls() -> None:
     factors = [learning_rate_factor(schedule(**KINDS[5]), step, STEPS) for step in range(STEPS)]
     assert set(factors[9:70]) == {1.0}
     assert factors[70] == pytest.approx(1 - math.sqrt(1 / 30))
-    assert all(later < earlier for earlier, later in zip(factors[69:], factors[70:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(factors[69:]))
 
 
 def test_norms_and_biases_are_never_decayed_embeddings_if_asked() -> None:
