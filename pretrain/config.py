@@ -153,6 +153,7 @@ class TrainConfig(Facts):
     steps: int = Field(ge=1, description="optimizer steps")
     seed: int = Field(1234, ge=0, description="of initial weights and dropout; the data have their own")
     eval_every: int = Field(0, ge=0, description="steps between evaluations; 0 means only at the end")
+    eval_at_start: bool = Field(False, description="evaluate the initial weights too")
     eval_samples: int = Field(256, ge=1, description="samples of each validation set that are evaluated")
     eval_micro_size: int | None = Field(None, ge=1, description="batch.micro_size if not given")
     stop_on_nan: bool = Field(

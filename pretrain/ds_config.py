@@ -286,7 +286,9 @@ def _fill_kernels(full: dict[str, Any], facts: Facts) -> None:
     """torch's fused AdamW runs on CPU and CUDA without compiling anything; DeepSpeed's own is a JIT build."""
     kind, params = facts.optimizer["type"].lower(), full["optimizer"]["params"]
     if kind == "muon" and full["zero_optimization"]["stage"] == 3:
-        full["zero_optimization"].setdefault("reduce_scatter", False)  # DeepSpeed's Muon wants whole gradients
+        full["zero_optimization"].setdefault(
+            "reduce_scatter", False
+        )  # DeepSpeed's Muon wants whole gradients
     if optimizer_is_offloaded(full) or kind not in {*ADAM_LIKE, "muon"}:
         return
     params.setdefault("torch_adam", True)

@@ -47,6 +47,8 @@ class Loop:
         metrics = Metrics(run, engine.groups.device)
         guard = FiniteGuard(is_fp16=run.config.precision.dtype == "fp16")
         with StopSignal().listening() as stop:
+            if first_step == 0 and run.config.train.eval_at_start:
+                self._tell_start()
             for step in range(first_step, run.config.train.steps):
                 started_s = time.perf_counter()
                 record = self._one_step(step, metrics, guard, started_s)
@@ -61,6 +63,10 @@ class Loop:
                     log.info("%s: saved step %d and stopping", stop.received or "a rank was signalled", done)
                     return Outcome.SIGNALLED
         return Outcome.DONE
+
+    def _tell_start(self) -> None:
+        """Step 0: nothing is trained yet, so validation losses are all there is."""
+        tell(self.sinks, Record(0, {}, self.evaluate()))
 
     def _one_step(self, step: int, metrics: Metrics, guard: FiniteGuard, started_s: float) -> Record:
         run, engine = self.run, self.engine

@@ -50,6 +50,8 @@ def train(run: Run) -> Outcome:
     check_same_order(state, data, run)
     feed = Feed(data.train, run, groups, consumed_samples=state.consumed_samples)
     sinks = open_run_log(console, run, engine, plan, data, checkpoint, state) if groups.is_first else []
+    if state.step >= run.config.train.steps and groups.is_first:
+        log.info("all %d steps are done already; raise train.steps to go on, or use another name", state.step)
     loop = Loop(
         run=run,
         engine=engine,

@@ -79,6 +79,11 @@ def find(run: Run, groups: Groups) -> Path | None:
     """The checkpoint this run goes on from, whole and of the same layout; every rank gets the same answer."""
     resume = run.config.checkpoint.resume
     if resume == "never":
+        if _told_by_first(groups, bool(store.checkpoints(checkpoint_root(run))) if groups.is_first else None):
+            raise RunError(
+                f"checkpoint.resume=never: {checkpoint_root(run)} holds an earlier run's checkpoints, which "
+                "this one would mix with; use another name, or remove that folder"
+            )
         return None
     candidates = store.checkpoints(checkpoint_root(run)) if resume == "auto" else [Path(resume)]
     names: Sequence[str] = _told_by_first(

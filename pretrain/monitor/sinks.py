@@ -34,7 +34,7 @@ class JsonLines:
     """One JSON object per line in ``metrics.jsonl``."""
 
     def __init__(self, path: Path, *, resumed_step: int):
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= resumed_step]
+        kept = [line for line in _lines(path) if resumed_step and json.loads(line)["step"] <= resumed_step]
         write_whole(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
@@ -52,9 +52,9 @@ class DeepSpeedMonitors:
         self._monitor = monitor
         writer = self._writer()
         if writer is not None:
-            if resumed_step:  # tells TensorBoard to forget what lies beyond
-                purge = Event(step=resumed_step + 1, session_log=SessionLog(status=SessionLog.START))
-                writer.file_writer.add_event(purge)
+            # Tells TensorBoard to forget what earlier files hold from here on.
+            first = resumed_step + 1 if resumed_step else 0
+            writer.file_writer.add_event(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
             for title, text in texts.items():
                 writer.add_text(title, f"```\n{text}\n```", resumed_step)
 
@@ -107,23 +107,31 @@ class ConsoleSink:
 
     def _line(self, record: Record) -> str:
         values = record.values
-        parts = [
-            f"step {record.step}/{self._num_steps}",
-            f"loss {values['loss']:.4f}",
-            f"lr {values['learning_rate']:.2e}",
-            f"norm {values['grad_norm']:.2f}",
-            f"{short(values['tokens_per_s'])} tokens/s",
-            f"MFU {values['mfu']:.1%}"
-            if "mfu" in values
-            else f"{short(values['tflops_per_s_per_device'] * 1e12)}FLOP/s",
-            f"ETA {self._eta(record.step)}",
-        ]
+        parts = [f"step {record.step}/{self._num_steps}"]
+        if values:
+            parts += [
+                f"loss {values['loss']:.4f}",
+                f"lr {values['learning_rate']:.2e}",
+                f"norm {values['grad_norm']:.2f}",
+                f"{short(values['tokens_per_s'])} tokens/s",
+                speed(values),
+                f"ETA {self._eta(record.step)}",
+            ]
         parts += [f"{name} loss {loss:.4f}" for name, loss in record.losses_by_set.items()]
         return "  ".join(parts)
 
     def _eta(self, step: int) -> str:
         per_step_s = (time.monotonic() - self._started_s) / max(1, self._steps_since_start)
         return duration((self._num_steps - step) * per_step_s)
+
+
+def speed(values: dict[str, float]) -> str:
+    """MFU where the device's peak is known, else the rate itself."""
+    if "mfu" in values:
+        return f"MFU {values['mfu']:.1%}"
+    number = short(values["tflops_per_s_per_device"] * 1e12)
+    digits = number.rstrip("kMGTP")
+    return f"{digits} {number.removeprefix(digits)}FLOP/s"
 
 
 def short(value: float) -> str:

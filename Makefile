@@ -1,0 +1,59 @@
+# Everything a newcomer needs: make demo, make test. `make help` lists the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := demo
+GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ')
+RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
+
+.PHONY: help install demo test check format bench clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+install: $(VENV)/.installed  ## the environment alone
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Megaloom needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed  ## from Python's standard library to a trained GPT, in minutes
+	$(BIN)/megaloom tokenizer stdlib --vocab-size 4096 --out $(DEMO)/tokenizer.json
+	$(BIN)/megaloom prepare stdlib --tokenizer $(DEMO)/tokenizer.json --out $(DEMO)/stdlib
+	@rm -rf $(DEMO)/gpt
+	$(BIN)/megaloom run pretrain/runs/demo.yaml --ranks $(RANKS)
+	@echo; echo "The loss curve:"; $(BIN)/megaloom plot loss $(DEMO)/gpt
+	@echo; echo "The model continues 'def ':"; $(BIN)/megaloom generate $(DEMO)/gpt --prompt 'def ' --tokens 80
+	@echo; echo "TensorBoard's logs are in $(DEMO)/gpt/tensorboard; look at them with"
+	@echo "    $(BIN)/tensorboard --logdir $(DEMO)/gpt/tensorboard"
+
+test: $(VENV)/.installed-dev  ## everything that CI runs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy launch pretrain data_tools model_providers
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-dev  ## format, lint, types, import contract, tests that start no ranks
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy launch pretrain data_tools model_providers
+	$(BIN)/python -m pytest -m 'not ranks'
+
+format: $(VENV)/.installed-dev  ## put the code into shape
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed-dev  ## the published figures, measured here
+	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python benchmarks/data.py
+
+clean:  ## remove what the demo and the tests made
+	rm -rf $(DEMO) runs_out .mypy_cache .ruff_cache .hypothesis

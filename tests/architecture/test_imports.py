@@ -1,0 +1,168 @@
+"""The house's rules as tests: one direction, no cycles, torch-free modules, one translator per foreign tongue."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOMS = {
+    "launch": {"launch", "pretrain", "data_tools", "model_providers"},
+    "pretrain": {"pretrain", "data_tools", "model_providers"},
+    "data_tools": {"data_tools"},
+    "model_providers": {"model_providers"},
+}
+WITHOUT_TORCH = (
+    "data_tools.config",
+    "data_tools.prepare",
+    "data_tools.corpus_commands",
+    "data_tools.training_data",
+    "model_providers.config",
+    "model_providers.presets",
+    "model_providers.layout",
+    "model_providers.cost",
+    "model_providers.partition",
+    "pretrain.config",
+    "pretrain.config_io",
+    "pretrain.config_rules",
+    "pretrain.ds_config",
+    "pretrain.ds_schema",
+    "pretrain.optim",
+    "pretrain.show_config",
+    "pretrain.plot",
+    "launch.__main__",
+    "launch.run",
+    "launch.parity",
+)
+
+
+def modules() -> dict[str, Path]:
+    return {
+        ".".join(path.with_suffix("").parts).removesuffix(".__init__"): path
+        for room in ROOMS
+        for path in sorted(Path(room).rglob("*.py"))
+    }
+
+
+def imports(path: Path, *, at_import_time: bool = True) -> Iterator[str]:
+    """Names of modules that a file imports; those under `if TYPE_CHECKING` are no imports at run time."""
+    tree = ast.parse(path.read_text("utf-8"))
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped and at_import_time:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_rooms_import_in_one_direction() -> None:
+    wrong = [
+        f"{name} imports {target}"
+        for name, path in modules().items()
+        for target in imports(path, at_import_time=False)
+        if target.split(".")[0] in ROOMS and target.split(".")[0] not in ROOMS[name.split(".")[0]]
+    ]
+    assert not wrong
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    known = modules()
+    edges = {name: {t for t in imports(path) if t in known and t != name} for name, path in known.items()}
+    done: set[str] = set()
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, " -> ".join((*way[way.index(name) :], name))
+        if name not in done:
+            for target in edges[name]:
+                visit(target, (*way, name))
+            done.add(name)
+
+    for name in known:
+        visit(name, ())
+
+
+def test_rooms_open_with_a_docstring_and_nothing_else() -> None:
+    for name, path in modules().items():
+        tree = ast.parse(path.read_text("utf-8"))
+        assert ast.get_docstring(tree), f"{name} has no docstring"
+        if path.name == "__init__.py":
+            assert len(tree.body) == 1, f"{name} does more than say what it is"
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_a_login_node_needs_no_torch_for(module: str) -> None:
+    code = f"import {module}, sys; sys.exit('torch' in sys.modules or 'deepspeed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("room", "foreign"),
+    [
+        ("data_tools", "torch"),
+        ("data_tools", "megatron"),
+        ("data_tools", "deepspeed"),
+        ("model_providers", "deepspeed"),
+        ("launch", "torch"),
+        ("launch", "deepspeed"),
+    ],
+)
+def test_a_room_does_not_know(room: str, foreign: str) -> None:
+    knowing = [
+        name
+        for name, path in modules().items()
+        if name.split(".")[0] == room
+        for target in imports(path)
+        if target.split(".")[0] == foreign
+    ]
+    assert not knowing
+
+
+@pytest.mark.parametrize(
+    ("word", "owner"),
+    [
+        ("TransformerConfig(", "model_providers/mcore_config.py"),
+        ("import transformer_engine", "model_providers/kernels.py"),
+        ('"reduce_bucket_size"', "pretrain/ds_config.py"),
+        ("environment.setdefault(", "launch/env.py"),
+    ],
+)
+def test_each_foreign_tongue_has_one_translator(word: str, owner: str) -> None:
+    speaking = {str(path) for path in modules().values() if word in path.read_text("utf-8")}
+    speaking -= {"pretrain/ds_schema.py"}  # the list of DeepSpeed's words, which only the translator reads
+    assert speaking <= {owner}
+
+
+def test_nothing_names_a_file_like_a_standard_module_or_a_bag() -> None:
+    stems = {path.stem for path in modules().values()}
+    assert not stems & {
+        "utils",
+        "helpers",
+        "common",
+        "misc",
+        "tokenize",
+        "inspect",
+        "profile",
+        "types",
+        "logging",
+    }
+
+
+def test_only_one_module_assigns_into_another_library() -> None:
+    """`x.y = ...` on an imported module or class is patching; the replacement table is its one place."""
+    patching = {
+        str(path)
+        for path in modules().values()
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setattr"
+    }
+    assert patching <= {"model_providers/mcore_on_cpu.py", "pretrain/engine/layers.py", "pretrain/parity.py"}

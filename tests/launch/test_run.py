@@ -1,0 +1,150 @@
+"""`megaloom run` for real: the deepspeed launcher, two ranks, signals, bad input; nothing is left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from tests.runs import make_corpus, tiny
+
+LAUNCH_S = 240
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def run_file(corpus: str, tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        yaml.safe_dump(tiny(corpus, tmp_path / "out", train={"steps": 6, "eval_samples": 8})), "utf-8"
+    )
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left(tmp_path: Path) -> Iterator[None]:
+    yield
+    left = [
+        process.info for process in psutil.process_iter(["pid", "cmdline"]) if _names(process, str(tmp_path))
+    ]
+    assert not left
+
+
+def _names(process: psutil.Process, text: str) -> bool:
+    return any(text in word for word in process.info["cmdline"] or [])
+
+
+def megaloom(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launch", *words]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=LAUNCH_S, env=environment(), check=False, **options
+    )
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.mark.ranks
+@pytest.mark.timeout(2 * LAUNCH_S)
+def test_a_run_trains_resumes_and_speaks(run_file: Path, tmp_path: Path) -> None:
+    """The whole way of a newcomer: train, go on, look at the curve, generate."""
+    first = megaloom("run", str(run_file), "--ranks", "2", "monitor.tensorboard=true")
+    assert first.returncode == 0, first.stderr
+    assert "step 6/6" in first.stdout and "valid loss" in first.stdout
+    assert "saved" in first.stdout and "Traceback" not in first.stderr
+    folder = tmp_path / "out" / "tiny"
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    wanted = "loss learning_rate grad_norm loss_scale tokens_per_s step_s tflops_per_s_per_device memory_gb"
+    wanted += " time/data_s time/forward_s time/backward_s time/step_s samples tokens clip_factor"
+    assert set(wanted.split()) <= set(records[0]) and "eval/valid" in records[-1]
+    assert list((folder / "tensorboard").glob("events.out.tfevents*"))
+    assert yaml.safe_load((folder / "run.yaml").read_text())["optimizer"]["gradient_clipping"] == 0.5
+    assert json.loads((folder / "deepspeed.json").read_text())["gradient_clipping"] == 0.5
+
+    second = megaloom("run", str(run_file), "--ranks", "2", "monitor.tensorboard=true", "train.steps=8")
+    assert second.returncode == 0, second.stderr
+    assert "resumed" in second.stdout and "step-0000006" in second.stdout
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 8
+
+    spoken = megaloom("generate", str(folder), "--prompt", "the loom", "--tokens", "5", "--greedy")
+    assert spoken.returncode == 0 and spoken.stdout.startswith("the loom")
+
+
+@pytest.mark.ranks
+@pytest.mark.timeout(LAUNCH_S)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_in_order(run_file: Path, tmp_path: Path, number: int) -> None:
+    command = [sys.executable, "-m", "launch", "run", str(run_file), "--ranks", "2", "train.steps=100000"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
+    )
+    metrics = tmp_path / "out" / "tiny" / "metrics.jsonl"
+    deadline_s = time.monotonic() + LAUNCH_S / 2
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
+        assert process.poll() is None and time.monotonic() < deadline_s, process.communicate()[0]
+        time.sleep(0.2)
+    process.send_signal(number)
+    output = process.communicate(timeout=LAUNCH_S / 2)[0]
+    assert process.returncode == 0, output
+    steps = len(metrics.read_text().splitlines())
+    assert (tmp_path / "out" / "tiny" / "checkpoints" / "latest").read_text() == f"step-{steps:07d}\n"
+    assert "finishing this step" in output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["layout.tp=3", "--ranks", "2"],
+            "layout.tp=3 x layout.pp=1 = 3 ranks per model copy, but there are 2 ranks",
+        ),
+        (["precision=fp16"], "precision.dtype=fp16: DeepSpeed trains fp16 on GPUs only"),
+        (["kernels=te"], "kernels=te: Transformer Engine needs CUDA"),
+        (
+            ["optimizer.type=Lamb", "deepspeed=zero0.json"],
+            "optimizer.type=Lamb: DeepSpeed has it for GPUs only",
+        ),
+        (["nonsense"], "overrides are written key=value"),
+        (["--ranks", "0"], "0: give 1 or more"),
+    ],
+)
+def test_a_mistake_is_told_before_any_process_starts(run_file: Path, words: list[str], message: str) -> None:
+    started_s = time.monotonic()
+    refused = megaloom("run", str(run_file), *words)
+    assert refused.returncode == 2
+    assert message in refused.stderr and "Traceback" not in refused.stderr
+    assert time.monotonic() - started_s < 20
+    assert not (run_file.parent / "out").exists()
+
+
+def test_a_dry_run_prints_the_launchers_command_and_starts_nothing(run_file: Path) -> None:
+    told = megaloom("run", str(run_file), "--ranks", "2", "--dry-run", "train.steps=3")
+    assert told.returncode == 0
+    assert "deepspeed.launcher.runner" in told.stdout and "--num_accelerators 2" in told.stdout
+    assert told.stdout.strip().endswith("train.steps=3")
+
+
+@pytest.mark.parametrize("words", [[], ["--help"]])
+def test_help_lists_the_commands_without_torch(words: list[str]) -> None:
+    code = f"import sys; sys.argv[1:] = {words!r}; from launch.__main__ import main; main(); assert 'torch' not in sys.modules"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "prepare" in told.stdout and "generate" in told.stdout
+
+
+def test_an_unknown_command_names_those_there_are() -> None:
+    refused = megaloom("trian")
+    assert refused.returncode == 2 and "no command 'trian'; there are: prepare" in refused.stderr

@@ -1,0 +1,119 @@
+"""Records reach JSON lines, TensorBoard and the console, and a resumed run shows no step twice."""
+
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+from pretrain.errors import RunError
+from pretrain.monitor.metrics import Record
+from pretrain.monitor.sinks import ConsoleSink, DeepSpeedMonitors, JsonLines, duration, short
+from pretrain.plot import draw_losses, main, read_records
+
+
+def record(step: int, **losses_by_set: float) -> Record:
+    values = {
+        "loss": 5.0 / step,
+        "learning_rate": 1e-3,
+        "grad_norm": 0.5,
+        "tokens_per_s": 12345.0,
+        "tflops_per_s_per_device": 0.07,
+        "time/forward_s": 0.1,
+    }
+    return Record(step, values, losses_by_set)
+
+
+def write_life(path: Path, *, resumed_step: int, last: int) -> None:
+    sink = JsonLines(path, resumed_step=resumed_step)
+    for step in range(resumed_step + 1, last + 1):
+        sink.write(record(step))
+    sink.close()
+
+
+def test_a_resumed_run_replaces_the_lines_beyond_its_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_life(path, resumed_step=0, last=5)
+    with path.open("a") as file:
+        file.write('{"step": 6, "lo')  # the crash
+    write_life(path, resumed_step=3, last=6)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+    write_life(path, resumed_step=0, last=2)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+class Monitor:
+    """DeepSpeed's MonitorMaster, as far as a sink needs it."""
+
+    def __init__(self, folder: Path):
+        self.tb_monitor = SimpleNamespace(summary_writer=SummaryWriter(log_dir=str(folder)))
+
+    def write_events(self, events: list[tuple[str, float, int]]) -> None:
+        for event in events:
+            self.tb_monitor.summary_writer.add_scalar(*event)
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    for resumed_step, last in ((0, 5), (3, 6)):
+        sink = DeepSpeedMonitors(Monitor(tmp_path), resumed_step=resumed_step, texts={"run": "name: tiny"})
+        for step in range(resumed_step + 1, last + 1):
+            sink.write(record(step, valid=4.0))
+        sink.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert {
+        "train/learning_rate",
+        "train/grad_norm",
+        "run/tokens_per_s",
+        "time/forward_s",
+        "eval/valid",
+    } <= set(events.Tags()["scalars"])
+    assert "run/text_summary" in events.Tags()["tensors"]
+
+
+def test_a_console_that_is_no_terminal_gets_a_line_per_evaluation_and_at_the_end() -> None:
+    out = io.StringIO()
+    sink = ConsoleSink(Console(file=out, width=200), num_steps=4, first_step=0)
+    sink.write(Record(0, {}, {"valid": 8.3}))
+    for step in (1, 2, 3):
+        sink.write(record(step))
+    sink.write(record(4, valid=1.5))
+    sink.close()
+    assert out.getvalue().splitlines() == [
+        "step 0/4  valid loss 8.3000",
+        "step 4/4  loss 1.2500  lr 1.00e-03  norm 0.50  12.3k tokens/s  70 GFLOP/s  ETA 0s  valid loss 1.5000",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(5, "5s"), (65, "1m05s"), (3725, "1h02m"), (200000, "2d07h"), (59.6, "1m00s")]
+)
+def test_durations_are_short(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(999.0, "999"), (12345.0, "12.3k"), (1.5e9, "1.5G"), (2e15, "2P")]
+)
+def test_numbers_are_short(value: float, text: str) -> None:
+    assert short(value) == text
+
+
+def test_the_loss_curve_is_drawn(tmp_path: Path, capsys: Any) -> None:
+    write_life(tmp_path / "metrics.jsonl", resumed_step=0, last=30)
+    main(["loss", str(tmp_path)])
+    image = tmp_path / "loss.png"
+    assert capsys.readouterr().out.strip() == str(image)
+    assert image.read_bytes().startswith(b"\x89PNG") and image.stat().st_size > 10_000
+    draw_losses({"a": read_records(tmp_path), "b": read_records(tmp_path)}, tmp_path / "two.png")
+
+
+def test_a_folder_that_no_run_wrote_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"no metrics\.jsonl there"):
+        main(["loss", str(tmp_path)])
