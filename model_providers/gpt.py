@@ -63,7 +63,7 @@ def build_plan(
         modules[f"layers.{index}"] = partial(Block, config, groups, chosen, index, rotary, masks)
     modules |= {
         "final_norm": partial(FinalNorm, config, chosen),
-        "head": partial(Head, model, config, groups),
+        "head": partial(Head, model, config, groups, chosen),
     }
     finish = _Finish(model, seed, groups.tp.rank(), layout.tp, device)
     return LayerPlan(

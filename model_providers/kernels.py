@@ -32,6 +32,7 @@ from model_providers.portable import (
     RotatedSelfAttention,
     attend,
 )
+from model_providers.widened import WidenedColumnLinear, WidenedRowLinear, cpu_multiplies_bf16
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Kernels(NamedTuple):
     norm: Any
     column_linear: Any
     row_linear: Any
+    head_linear: Any
     self_attention: Any
     core_attention: Any
     fuse: bool  # let megatron-core use its fused activation and bias-dropout-add
@@ -124,22 +126,32 @@ def apex_obstacle() -> str | None:
 
 def torch_kernels(device: str = "cpu") -> Kernels:
     norm: Any = Norm
-    name = "torch"
+    name, column, row = "torch", ColumnParallelLinear, RowParallelLinear
     if device == "cuda" and apex_obstacle() is None:
         norm, name = _apex_or_torch_norm, "torch with apex norms"
+    if device == "cpu" and not cpu_multiplies_bf16():
+        column, row = WidenedColumnLinear, WidenedRowLinear
     return Kernels(
-        name, norm, ColumnParallelLinear, RowParallelLinear, PortableSelfAttention, CoreAttention, fuse=False
+        name=name,
+        norm=norm,
+        column_linear=column,
+        row_linear=row,
+        head_linear=column,
+        self_attention=PortableSelfAttention,
+        core_attention=CoreAttention,
+        fuse=False,
     )
 
 
 def transformer_engine_kernels() -> Kernels:
     return Kernels(
-        "transformer engine",
-        mcore_te.TENorm,
-        mcore_te.TEColumnParallelLinear,
-        mcore_te.TERowParallelLinear,
-        RotatedSelfAttention,
-        _te_core_attention(),
+        name="transformer engine",
+        norm=mcore_te.TENorm,
+        column_linear=mcore_te.TEColumnParallelLinear,
+        row_linear=mcore_te.TERowParallelLinear,
+        head_linear=ColumnParallelLinear,  # as in GPTModel: Transformer Engine's takes no weight from outside
+        self_attention=RotatedSelfAttention,
+        core_attention=_te_core_attention(),
         fuse=True,
     )
 

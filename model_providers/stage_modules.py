@@ -114,12 +114,12 @@ class FinalNorm(PlanModule, nn.Module):
 class Head(PlanModule, nn.Module):
     """Logits over this rank's share of the padded vocabulary; the weight is its own even when tied (see Tie)."""
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig, groups: Any):
+    def __init__(self, model: ModelConfig, config: TransformerConfig, groups: Any, kernels: Kernels):
         super().__init__()
         rows = model.padded_vocab_size // groups.tp.size()
         self.weight = nn.Parameter(torch.empty(rows, model.hidden_size, dtype=config.params_dtype))
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
-        self.projection = tensor_parallel.ColumnParallelLinear(
+        self.projection = kernels.head_linear(
             model.hidden_size,
             model.padded_vocab_size,
             config=config,

@@ -13,7 +13,7 @@ from torch import nn
 
 from model_providers.config import ModelConfig
 from model_providers.gpt import build_plan, solo_groups
-from model_providers.layer_plan import LayerPlan, Recompute, Targets
+from model_providers.layer_plan import LayerPlan, Targets
 from model_providers.layout import Layout
 from model_providers.logical import describe_parameter, merge
 from model_providers.partial_gradients import sum_partial_gradients
@@ -127,13 +127,13 @@ def tensor_groups(tp: int, pp: int = 1) -> ProcessGroupCollection:
 
 
 def tensor_parallel_run(
-    facts: dict[str, Any], tp: int, sequence_parallel: bool, recompute: str = "none"
+    facts: dict[str, Any], tp: int, sequence_parallel: bool, **options: Any
 ) -> tuple[float, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """On a rank: loss, undivided initial weights and undivided gradients."""
     model = ModelConfig(**facts)
     layout = Layout(tp=tp, sequence_parallel=sequence_parallel)
     groups = tensor_groups(tp)
-    built = build(model, layout, groups, recompute=Recompute(recompute))  # type: ignore[arg-type]
+    built = build(model, layout, groups, **options)
     sum_partial_gradients(built.layers, groups.tp)
     weights = undivided(built, {name: p.detach() for name, p in built.named_parameters().items()}, groups.tp)
     loss, gradients = loss_and_gradients(built, *batch(model))
