@@ -5,9 +5,7 @@ The groups are made once, by megatron-core; DeepSpeed is handed the same ones, a
 compared with them, since libraries that disagree about a group pair wrong ranks without a word.
 """
 
-import contextlib
 import datetime
-import io
 import os
 from dataclasses import dataclass
 
@@ -21,6 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from model_providers import mcore_on_cpu
 from model_providers.layout import Coordinates, Layout
 from pretrain.engine.build_locks import clear_stale_build_locks
+from pretrain.engine.quiet import without_stdout
 
 DEFAULT_TIMEOUT_S = 1800.0
 
@@ -82,7 +81,7 @@ def join(layout: Layout, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Groups:
     clear_stale_build_locks()  # the next lines compile DeepSpeed's shared-memory collectives on a CPU
     if not dist.is_initialized():
         accelerator.set_device(_local_rank())
-    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints that its shared-memory kernel is built
+    with without_stdout():
         deepspeed.init_distributed(
             dist_backend=accelerator.communication_backend_name(),
             timeout=datetime.timedelta(seconds=timeout_s),

@@ -6,8 +6,6 @@ stages; tied parameters reduced in whichever attribute the optimizer keeps their
 another micro-batch size.
 """
 
-import contextlib
-import io
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -26,6 +24,7 @@ from pretrain.engine.base import Engine, MicroBatch, StepResult
 from pretrain.engine.groups import Groups, assert_same_ranks
 from pretrain.engine.layers import Prepare, Wire, build_layers, run_layers, tied_names
 from pretrain.engine.optimizers import client_optimizer, set_flags
+from pretrain.engine.quiet import without_stdout
 from pretrain.engine.step_control import StepControl
 from pretrain.monitor.timers import PhaseTimers
 from pretrain.optim import parameter_groups
@@ -40,9 +39,7 @@ class StageModule(PipelineModule):
         layout = groups.layout
         self.plan, self.bounds, self.groups, self.prepare = plan, list(bounds), groups, prepare
         topology = PipeModelDataParallelTopology(num_pp=layout.pp, num_mp=layout.tp, num_dp=layout.dp)
-        with contextlib.redirect_stdout(
-            io.StringIO()
-        ):  # DeepSpeed prints its partition; ours is in the banner
+        with without_stdout():  # DeepSpeed prints its partition; ours is in the banner
             super().__init__(layers=plan.layers, topology=topology, loss_fn=plan.loss)
         sum_partial_gradients(self, groups.tp)
 
@@ -201,15 +198,16 @@ def build_pipeline_engine(
     config = DeepSpeedConfig(json, grid)
     set_flags(config, module)
     parameters = parameter_groups(module.named_parameters(), optimizer, tied_names(plan))
-    engine = OneStage(
-        args=None,
-        model=module,
-        optimizer=client_optimizer(json, parameters, groups.device),
-        model_parameters=parameters,
-        mpu=grid,
-        config=json,
-        config_class=config,
-    )
+    with without_stdout():
+        engine = OneStage(
+            args=None,
+            model=module,
+            optimizer=client_optimizer(json, parameters, groups.device),
+            model_parameters=parameters,
+            mpu=grid,
+            config=json,
+            config_class=config,
+        )
     engine.model_group, engine.tp_rank = groups.model, groups.place.tp
     engine.monitor.enabled = False  # records come from one writer, pretrain/monitor
     return PipelineTrainer(engine, groups)

@@ -4,12 +4,9 @@ DeepSpeed's own failures here hide the reason (a missing header ends in an Attri
 each part is tried once and its absence told in one line with the way out.
 """
 
-import contextlib
 import logging
 import os
 import re
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
@@ -20,6 +17,7 @@ from pretrain.config_io import Run
 from pretrain.ds_config import ADAM_LIKE, get, optimizer_is_offloaded
 from pretrain.engine.build_locks import extensions_root
 from pretrain.engine.groups import Groups
+from pretrain.engine.quiet import without_stdout
 from pretrain.errors import RunError
 
 log = logging.getLogger(__name__)
@@ -37,7 +35,7 @@ def faults(run: Run) -> list[str]:
 
 def libaio_is_there() -> bool:
     """Whether a program with libaio compiles and links."""
-    with _without_stdout():
+    with without_stdout():
         return bool(AsyncIOBuilder().is_compatible(verbose=False))
 
 
@@ -79,7 +77,7 @@ def build_obstacle(builder: OpBuilder, *, tell: bool = False) -> str | None:
     if tell and not is_built(builder):
         log.info("compiling DeepSpeed's %s: once on this machine, it takes a minute or more", builder.name)
     try:
-        with _without_stdout():
+        with without_stdout():
             builder.load(verbose=False)
     except (
         Exception
@@ -91,21 +89,6 @@ def build_obstacle(builder: OpBuilder, *, tell: bool = False) -> str | None:
 def is_built(builder: OpBuilder) -> bool:
     """Whether an earlier run left the compiled kernel in torch's folder of extensions."""
     return any(extensions_root().glob(f"**/{builder.name}/*.so"))
-
-
-@contextlib.contextmanager
-def _without_stdout() -> Iterator[None]:
-    """Compilers write to the file descriptor, past sys.stdout."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 def _offload_devices(document: dict[str, Any]) -> set[str]:

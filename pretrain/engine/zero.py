@@ -14,6 +14,7 @@ from pretrain.engine.base import Engine, MicroBatch, StepResult
 from pretrain.engine.groups import Groups, ModelParallelUnit
 from pretrain.engine.layers import Prepare, Wire, build_layers, run_layers, tied_names
 from pretrain.engine.optimizers import client_optimizer, set_flags
+from pretrain.engine.quiet import without_stdout
 from pretrain.engine.step_control import StepControl
 from pretrain.optim import parameter_groups
 
@@ -84,15 +85,16 @@ def build_zero_engine(
     config = DeepSpeedConfig(json, mpu)
     set_flags(config, module)
     parameters = parameter_groups(module.named_parameters(), optimizer, tied_names(plan))
-    engine = StepControl(
-        args=None,
-        model=module,
-        optimizer=client_optimizer(json, parameters, groups.device),
-        model_parameters=parameters,
-        mpu=mpu,
-        config=json,
-        config_class=config,
-    )
+    with without_stdout():
+        engine = StepControl(
+            args=None,
+            model=module,
+            optimizer=client_optimizer(json, parameters, groups.device),
+            model_parameters=parameters,
+            mpu=mpu,
+            config=json,
+            config_class=config,
+        )
     engine.model_group, engine.tp_rank = groups.model, groups.place.tp
     engine.monitor.enabled = False  # records come from one writer, pretrain/monitor
     return ZeroEngine(engine, groups)
