@@ -1,11 +1,10 @@
-"""The one table of what is replaced in megatron-core, and nothing else in this code assigns into another's
-module.
+"""The one table of functions that are replaced in megatron-core.
 
-Two kinds of row.  ``cpu``: a function that allocates on ``torch.cuda.current_device()`` gets one that
-allocates beside its input; on CUDA these rows are left alone.  ``everywhere``: a mend of an upstream fault
-that silently gives wrong numbers. Each row carries the SHA-256 of the source that it was written against:
-another megatron-core stops here with one line. Subclassing cannot do this: megatron-core's linears and
-mappings name these functions directly.
+Subclassing cannot do this: its linears and mappings name these functions directly.  Two kinds of row.
+``cpu``: what allocates on ``torch.cuda.current_device()`` gets a twin that allocates beside its input; on CUDA
+these rows are left alone.  ``everywhere``: the mend of an upstream fault.  Each row carries the SHA-256 of the
+source that it was written against, so another megatron-core stops here with one line.  (One thing more is put
+into megatron-core, through its own global: the tracker of random_streams.py.)
 """
 
 import hashlib
@@ -36,13 +35,7 @@ class Replacement(NamedTuple):
 
     @property
     def target(self) -> str:
-        return f"{getattr(self.owner, '__qualname__', self.owner.__name__)}.{self.name}".removeprefix(
-            "megatron.core."
-        )
-
-
-# ---- random state
-# --------------------------------------------------------------------------------------------------
+        return f"{self.owner.__name__}.{self.name}".removeprefix("megatron.core.")
 
 
 def get_rng_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
@@ -54,16 +47,10 @@ def set_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = 
 
 
 def checkpoint_without_output_init(self: Any, fp8: Any = False) -> None:
-    """Upstream writes ``fp8 is not None`` with a default of False, and then calls Transformer Engine,
-    installed or not.
-    """
+    """Upstream asks ``fp8 is not None`` of a default of False, and so calls Transformer Engine, there or not."""
     self.fp8 = bool(fp8)
     self.run_function = self.fwd_cpu_rng_state = self.fwd_cuda_rng_state = None
     self.fwd_cuda_rng_state_tracker = self.ctx = self.outputs = None
-
-
-# ---- memory and collectives: allocate beside the input
-# ---------------------------------------------------------------
 
 
 def buffer_get_tensor(

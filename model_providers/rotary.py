@@ -30,18 +30,15 @@ def _llama3(frequencies: torch.Tensor, scaling: Llama3Scaling) -> torch.Tensor:
     """Wavelengths above original/low are divided by factor, those below original/high kept, a linear ramp in
     their inverse between (github.com/meta-llama/llama-models, models/llama3/model.py, apply_scaling).
     """
-    turns = (
-        scaling.original_max_positions * frequencies / (2 * math.pi)
-    )  # full turns within the original length
+    # Full turns within the original length.
+    turns = scaling.original_max_positions * frequencies / (2 * math.pi)
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = keep.clamp(0.0, 1.0)
     return keep * frequencies + (1.0 - keep) * frequencies / scaling.factor
 
 
 def _yarn(frequencies: torch.Tensor, scaling: YarnScaling, width: int, base: float) -> torch.Tensor:
-    """Dimensions that turn more than beta_fast times are kept, those below beta_slow interpolated (YaRN
-    section 3.2).
-    """
+    """Pairs that turn more than beta_fast times are kept, below beta_slow interpolated (YaRN section 3.2)."""
 
     def dimension_that_turns(times: float) -> float:
         return width * math.log(scaling.original_max_positions / (times * 2 * math.pi)) / (2 * math.log(base))

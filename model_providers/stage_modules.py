@@ -18,7 +18,7 @@ from model_providers.masks import MaskMaker, positions
 from model_providers.rotary import RotaryTable
 
 
-class Embedding(PlanModule, nn.Module):
+class Embedding(PlanModule):
     """Tokens to vectors, plus learned positions that restart at each segment."""
 
     takes = GPTInputs
@@ -35,9 +35,8 @@ class Embedding(PlanModule, nn.Module):
             # Learned positions are added to whole sequences first, so that their gradient is whole too.
             reduce_scatter_embeddings=config.sequence_parallel and model.position_embedding != "learned",
         )
-        self.word_embeddings.tp_group = (
-            groups.tp
-        )  # megatron-core drops it where torch.distributed is not initialised
+        # megatron-core drops the group where torch.distributed is not initialised.
+        self.word_embeddings.tp_group = groups.tp
         self.position_embeddings = None
         if model.position_embedding == "learned":
             table = torch.empty(model.max_sequence_length, model.hidden_size, dtype=config.params_dtype)
@@ -102,7 +101,7 @@ class Block(PlanModule, TransformerLayer):
         return self.rotary.cos_sin(start, start + value.hidden.size(0) * shards, value.hidden)
 
 
-class FinalNorm(PlanModule, nn.Module):
+class FinalNorm(PlanModule):
     def __init__(self, config: TransformerConfig, kernels: Kernels):
         super().__init__()
         self.norm = kernels.norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
@@ -111,7 +110,7 @@ class FinalNorm(PlanModule, nn.Module):
         return value._replace(hidden=self.norm(value.hidden))
 
 
-class Head(PlanModule, nn.Module):
+class Head(PlanModule):
     """Logits over this rank's share of the padded vocabulary; the weight is its own even when tied (see Tie)."""
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, groups: Any, kernels: Kernels):

@@ -60,10 +60,6 @@ def patch() -> Iterator[pytest.MonkeyPatch]:
         yield context
 
 
-# ---- each row is needed
-# --------------------------------------------------------------------------------------------
-
-
 def one_recomputed_step() -> None:
     model = llama_like(attention_dropout=0.1)
     built = build(model, recompute=Recompute("selective"))
@@ -185,10 +181,6 @@ def test_the_collectives_do_what_their_names_say(ranks: Any) -> None:
     assert first["first"] == second["first"] == [[0.0, 1.0], [2.0, 3.0], [10.0, 11.0], [12.0, 13.0]]
     assert (first["scatter"], second["scatter"]) == ([[10.0, 12.0]], [[14.0, 16.0]])
     assert first["buffer"] == [2, 3]
-
-
-# ---- the table guards itself
-# ---------------------------------------------------------------------------------------
 
 
 class Upstream:
