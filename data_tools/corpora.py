@@ -5,6 +5,7 @@ folders are read recursively, sorted by path.
 """
 
 import importlib
+import hashlib
 import os
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
@@ -151,9 +152,10 @@ def _files_below(folder: Path, *, without: frozenset[str] = frozenset()) -> list
 
 
 def _stdlib_sources(folder: Path) -> list[Source]:
+    """In the order of a hash of their paths: by name, the split's last part would be all of one package."""
+    paths = [path for path in _files_below(folder, without=STDLIB_LEFT_OUT) if path.suffix == ".py"]
+    paths.sort(key=lambda path: hashlib.sha256(path.relative_to(folder).as_posix().encode()).digest())
     sources = [
-        Source(str(path), "plain", path.stat().st_size, one_document=True, group=STDLIB)
-        for path in _files_below(folder, without=STDLIB_LEFT_OUT)
-        if path.suffix == ".py"
+        Source(str(path), "plain", path.stat().st_size, one_document=True, group=STDLIB) for path in paths
     ]
     return [source for source in sources if source.num_bytes]  # packages often have an empty __init__.py
