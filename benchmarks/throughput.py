@@ -18,14 +18,12 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 # ranks of a world of one; the launcher sets these otherwise
 for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
     os.environ.setdefault(name, value)
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
 warnings.filterwarnings("ignore")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import deepspeed
 import torch
@@ -95,13 +93,22 @@ Step = Callable[[], None]
 def batch(shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and next tokens, int64 [b s]."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, shape.model.known_vocab_size, (shape.micro, shape.sequence + 1), generator=generator)
+    tokens = torch.randint(
+        0, shape.model.known_vocab_size, (shape.micro, shape.sequence + 1), generator=generator
+    )
     device = device_of_this_rank()
     return tokens[:, :-1].contiguous().to(device), tokens[:, 1:].contiguous().to(device)
 
 
 def deepspeed_json(shape: Shape, dtype: str) -> dict[str, object]:
-    optimizer = {"type": "AdamW", "lr": LR, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "params": {}}
+    optimizer = {
+        "type": "AdamW",
+        "lr": LR,
+        "betas": (0.9, 0.95),
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+        "params": {},
+    }
     facts = Facts(
         train_batch_size=shape.micro,
         train_micro_batch_size_per_gpu=shape.micro,
@@ -132,7 +139,9 @@ def ours(shape: Shape, dtype: str, compiled: bool) -> Step:
         params_dtype=DTYPES[dtype],
         device=groups.device,
     )
-    engine = build_zero_engine(plan, groups, json=deepspeed_json(shape, dtype), optimizer=OptimizerConfig(lr=LR))
+    engine = build_zero_engine(
+        plan, groups, json=deepspeed_json(shape, dtype), optimizer=OptimizerConfig(lr=LR)
+    )
     if compiled:
         for layer in engine.layers:
             layer.module.compile()
@@ -230,7 +239,9 @@ def measure(shape: Shape, dtype: str, *, repeats: int, compiled: bool) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--compile", action="store_true", help="also with torch.compile")
@@ -240,7 +251,10 @@ def main() -> None:
     torch.set_num_threads(words.threads)
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group(
-            get_accelerator().communication_backend_name(), init_method=f"file://{folder}/store", rank=0, world_size=1
+            get_accelerator().communication_backend_name(),
+            init_method=f"file://{folder}/store",
+            rank=0,
+            world_size=1,
         )
         start(0)
         console = Console(width=None if sys.stdout.isatty() else 120)
@@ -256,10 +270,15 @@ def table(shape: Shape, dtype: str, medians: dict[str, float], *, compiled: bool
     best_other = min(value for name, value in medians.items() if name != "Megaloom")
     flops = train_flops_per_token(shape.model, shape.sequence)
     size = f"{parameters(shape.model, padded=False) / 1e6:.1f}M parameters"
-    title = f"{shape.name} ({size}), sequence {shape.sequence} x {shape.micro}, {dtype}{', compiled' if compiled else ''}"
+    how = f"{dtype}, compiled" if compiled else dtype
+    title = f"{shape.name} ({size}), sequence {shape.sequence} x {shape.micro}, {how}"
     rows = Table("contender", "ms per step", "tokens/s", "GFLOP/s", "Megaloom is", title=title)
     for name, value in medians.items():
-        ratio = f"{value / medians['Megaloom']:.2f}x" if name != "Megaloom" else f"{best_other / value:.2f}x the best"
+        ratio = (
+            f"{value / medians['Megaloom']:.2f}x"
+            if name != "Megaloom"
+            else f"{best_other / value:.2f}x the best"
+        )
         rate = shape.tokens / value
         rows.add_row(name, f"{1e3 * value:.1f}", f"{rate:,.0f}", f"{rate * flops / 1e9:.0f}", ratio)
     return rows

@@ -4,8 +4,8 @@ The order of sources is the order of documents in the corpus, so it never depend
 folders are read recursively, sorted by path.
 """
 
-import importlib
 import hashlib
+import importlib
 import os
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence

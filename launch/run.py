@@ -15,14 +15,15 @@ def main(argv: list[str]) -> None:
     """Exit code 0 when all steps are done or a signal was obeyed."""
     words = parser().parse_intermixed_args(argv)
     num_ranks = words.ranks or max(1, num_gpus())
-    checked(words.run, words.words, num_ranks=num_ranks, deepspeed_config=words.deepspeed_config)
+    run = checked(words.run, words.words, num_ranks=num_ranks, deepspeed_config=words.deepspeed_config)
     arguments = [words.run, *words.words]
     if words.deepspeed_config:
         arguments += ["--deepspeed_config", words.deepspeed_config]
+    program = f"pretrain.{run.config.family}"
     if words.dry_run:
-        print(shlex.join(launcher_command("pretrain.gpt", arguments, num_ranks=num_ranks, port=29500)))
+        print(shlex.join(launcher_command(program, arguments, num_ranks=num_ranks, port=29500)))
         return
-    sys.exit(run_ranks("pretrain.gpt", arguments, num_ranks=num_ranks))
+    sys.exit(run_ranks(program, arguments, num_ranks=num_ranks))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -46,8 +46,8 @@ class ActivationMemory(NamedTuple):
         return (self.bytes_per_value * self.model.hidden_size + self._statistics()) / self._shards()
 
     def head(self) -> float:
-        """Its input, and the log-probabilities of this rank's share of the vocabulary in fp32 (section 4.3)."""
-        logits = 4 * self.model.padded_vocab_size / self.tp
+        """Its input, and the logits of this rank's share of the vocabulary (in fp32 in the paper, section 4.3)."""
+        logits = (self.bytes_per_value if self.fused else 4) * self.model.padded_vocab_size / self.tp
         return self.bytes_per_value * self.model.hidden_size / self._shards() + logits
 
     def _shards(self) -> int:

@@ -5,12 +5,13 @@ things differ: our query-key-value rows are one matrix grouped by key-value head
 matrix, and GPT-2 keeps its linears transposed (Conv1D).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
 from model_providers.config import ModelConfig
-from model_providers.hugging_face_config import family
+from model_providers.hugging_face_config import Family, family
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -23,17 +24,11 @@ GPT2_LINEARS = {
 }
 LLAMA_NORMS = {"input_layernorm": "input_layernorm", "post_attention_layernorm": "pre_mlp_layernorm"}
 LLAMA_LINEARS = {"self_attn.o_proj": "self_attention.linear_proj", "mlp.down_proj": "mlp.linear_fc2"}
-LLAMA_JOINED = {
-    "self_attention.linear_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "mlp.linear_fc1": ("mlp.gate_proj", "mlp.up_proj"),
-}
 
 
 def weights_from_hugging_face(weights: Weights, model: ModelConfig) -> dict[str, torch.Tensor]:
     """Their state dict to ours, whole tensors; a tied head appears under both of its names."""
-    ours = (
-        _weights_from_gpt2(weights, model) if family(model) == "gpt2" else _weights_from_llama(weights, model)
-    )
+    ours = STATE_DICTS[family(model)].read(weights, model)
     words = ours["embedding.word_embeddings.weight"] = _pad_rows(
         ours["embedding.word_embeddings.weight"], model
     )
@@ -43,7 +38,7 @@ def weights_from_hugging_face(weights: Weights, model: ModelConfig) -> dict[str,
 
 def weights_to_hugging_face(weights: Weights, model: ModelConfig) -> dict[str, torch.Tensor]:
     """Our whole tensors to their state dict; a tied head is left out, as transformers saves it."""
-    return _weights_to_gpt2(weights, model) if family(model) == "gpt2" else _weights_to_llama(weights, model)
+    return STATE_DICTS[family(model)].write(weights, model)
 
 
 def _weights_from_gpt2(weights: Weights, model: ModelConfig) -> dict[str, torch.Tensor]:
@@ -63,7 +58,7 @@ def _weights_from_gpt2(weights: Weights, model: ModelConfig) -> dict[str, torch.
                 tensor = theirs[f"h.{layer}.{their_name}.{part}"]
                 tensor = tensor.t() if part == "weight" else tensor  # Conv1D: [in out] -> [out in]
                 if their_name == "attn.c_attn":
-                    tensor = join_heads(tensor.chunk(3), model)
+                    tensor = HEADS.together(tensor.chunk(3), model)
                 ours[f"layers.{layer}.{our_name}.{part}"] = tensor.contiguous()
     return ours
 
@@ -84,7 +79,7 @@ def _weights_to_gpt2(weights: Weights, model: ModelConfig) -> dict[str, torch.Te
             for their_name, our_name in GPT2_LINEARS.items():
                 tensor = weights[f"layers.{layer}.{our_name}.{part}"]
                 if their_name == "attn.c_attn":
-                    tensor = torch.cat(split_heads(tensor, model))
+                    tensor = torch.cat(HEADS.apart(tensor, model))
                 tensor = tensor.t() if part == "weight" else tensor
                 theirs[f"transformer.h.{layer}.{their_name}.{part}"] = tensor.contiguous()
     return theirs
@@ -104,11 +99,9 @@ def _weights_from_llama(weights: Weights, model: ModelConfig) -> dict[str, torch
         for part in ("weight", "bias") if model.linear_bias else ("weight",):
             for their_name, our_name in LLAMA_LINEARS.items():
                 ours[f"{here}.{our_name}.{part}"] = weights[f"{there}.{their_name}.{part}"]
-            for our_name, names in LLAMA_JOINED.items():
+            for our_name, (join, names) in LLAMA_JOINED.items():
                 parts = [weights[f"{there}.{name}.{part}"] for name in names]
-                ours[f"{here}.{our_name}.{part}"] = (
-                    join_heads(parts, model) if len(parts) == 3 else torch.cat(parts)
-                )
+                ours[f"{here}.{our_name}.{part}"] = join.together(parts, model)
     return ours
 
 
@@ -127,9 +120,8 @@ def _weights_to_llama(weights: Weights, model: ModelConfig) -> dict[str, torch.T
         for part in ("weight", "bias") if model.linear_bias else ("weight",):
             for their_name, our_name in LLAMA_LINEARS.items():
                 theirs[f"{there}.{their_name}.{part}"] = weights[f"{here}.{our_name}.{part}"]
-            for our_name, names in LLAMA_JOINED.items():
-                tensor = weights[f"{here}.{our_name}.{part}"]
-                parts = split_heads(tensor, model) if len(names) == 3 else tensor.chunk(2)
+            for our_name, (join, names) in LLAMA_JOINED.items():
+                parts = join.apart(weights[f"{here}.{our_name}.{part}"], model)
                 theirs |= {
                     f"{there}.{name}.{part}": value.contiguous()
                     for name, value in zip(names, parts, strict=True)
@@ -143,7 +135,7 @@ def join_heads(parts: Sequence[torch.Tensor], model: ModelConfig) -> torch.Tenso
     return torch.cat([rows.reshape(groups, -1, *rest) for rows in parts], dim=1).reshape(-1, *rest)
 
 
-def split_heads(joined: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def split_heads(joined: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, ...]:
     """The inverse of ``join_heads``."""
     d, rest = model.head_width, joined.shape[1:]
     grouped = joined.reshape(model.kv_heads, -1, *rest)
@@ -155,3 +147,32 @@ def _pad_rows(words: torch.Tensor, model: ModelConfig) -> torch.Tensor:
     """[v h] -> [padded v h], with zeros: the loss never sees them."""
     added = model.padded_vocab_size - words.size(0)
     return torch.cat((words, words.new_zeros(added, *words.shape[1:])))
+
+
+class Join(NamedTuple):
+    """Matrices of theirs that are one of ours: there and back."""
+
+    together: Callable[[Sequence[torch.Tensor], ModelConfig], torch.Tensor]
+    apart: Callable[[torch.Tensor, ModelConfig], tuple[torch.Tensor, ...]]
+
+
+HEADS = Join(join_heads, split_heads)
+HALVES = Join(lambda parts, model: torch.cat(list(parts)), lambda joined, model: joined.chunk(2))
+
+LLAMA_JOINED = {
+    "self_attention.linear_qkv": (HEADS, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    "mlp.linear_fc1": (HALVES, ("mlp.gate_proj", "mlp.up_proj")),
+}
+
+
+class StateDictMap(NamedTuple):
+    """The state dict of one architecture, in both directions."""
+
+    read: Callable[[Weights, ModelConfig], dict[str, torch.Tensor]]
+    write: Callable[[Weights, ModelConfig], dict[str, torch.Tensor]]
+
+
+STATE_DICTS: dict[Family, StateDictMap] = {
+    "gpt2": StateDictMap(_weights_from_gpt2, _weights_to_gpt2),
+    "llama": StateDictMap(_weights_from_llama, _weights_to_llama),
+}

@@ -1,45 +1,51 @@
-"""Hugging Face's config.json of GPT-2 and Llama, from and to ours; plain dicts, so transformers is not
-imported.
-"""
+"""Hugging Face's config.json of GPT-2 and Llama, from and to ours: plain dicts, without transformers."""
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 from model_providers.config import ModelConfig
 from model_providers.errors import ModelError
 from model_providers.presets import model_from
 
-Family = Literal["gpt2", "llama"]
+Family = Literal["gpt2", "llama"]  # their `model_type`
 
 GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 PLAIN: dict[str, Any] = {"qk_norm": False, "sliding_window": None}  # neither architecture has these
 
 
+class Architecture(NamedTuple):
+    """One of theirs: how it is called, what of a model it cannot express, and its config.json in both directions."""
+
+    title: str
+    obstacles: Callable[[ModelConfig], list[str]]
+    read: Callable[[Mapping[str, Any]], ModelConfig]
+    write: Callable[[ModelConfig], dict[str, Any]]
+
+
 def model_from_hugging_face(config: Mapping[str, Any]) -> ModelConfig:
     """A config.json, as a dict, to our facts."""
     kind = config.get("model_type")
-    if kind == "gpt2":
-        return _from_gpt2(config)
-    if kind == "llama":
-        return _from_llama(config)
-    raise ModelError(f"model_type={kind}: not known here; convertible are gpt2 and llama")
+    if kind not in ARCHITECTURES:
+        raise ModelError(f"model_type={kind}: not known here; convertible are {' and '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[kind].read(config)
 
 
 def config_to_hugging_face(model: ModelConfig) -> dict[str, Any]:
     """What transformers needs in config.json to load our exported weights."""
-    return _to_gpt2(model) if family(model) == "gpt2" else _to_llama(model)
+    return ARCHITECTURES[family(model)].write(model)
 
 
 def family(model: ModelConfig) -> Family:
-    """Which of the two architectures ``model`` is an instance of."""
-    not_gpt2, not_llama = _obstacles_to_gpt2(model), _obstacles_to_llama(model)
-    if not not_gpt2:
-        return "gpt2"
-    if not not_llama:
-        return "llama"
+    """The first architecture that can express ``model``; if none can, what stands against each."""
+    reasons = []
+    for name, architecture in ARCHITECTURES.items():
+        obstacles = architecture.obstacles(model)
+        if not obstacles:
+            return name
+        reasons.append(f"not {architecture.title} ({', '.join(obstacles)})")
     raise ModelError(
-        f"this model has no Hugging Face form here: not GPT-2 ({', '.join(not_gpt2)}), "
-        f"not Llama ({', '.join(not_llama)}); change these, or keep our own checkpoint format"
+        f"this model has no Hugging Face form here: {'; '.join(reasons)}; change what stands against one of "
+        "them, or keep our own checkpoint format"
     )
 
 
@@ -201,3 +207,9 @@ def _to_llama(model: ModelConfig) -> dict[str, Any]:
         "attention_dropout": model.attention_dropout,
         "initializer_range": model.init_std,
     }
+
+
+ARCHITECTURES: dict[Family, Architecture] = {
+    "gpt2": Architecture("GPT-2", _obstacles_to_gpt2, _from_gpt2, _to_gpt2),
+    "llama": Architecture("Llama", _obstacles_to_llama, _from_llama, _to_llama),
+}

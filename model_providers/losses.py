@@ -1,9 +1,17 @@
-"""Cross-entropy over a vocabulary cut between tensor ranks, in fp32, blind to the vocabulary's padding."""
+"""Cross-entropy over a vocabulary cut between tensor ranks, in fp32, blind to the vocabulary's padding.
 
+The backward pass writes the gradient over the logits, its largest tensor, instead of allocating another (megatron-core
+does the like).  So logits may be read after the loss, as an evaluation does, but not after its backward pass; a second
+backward pass is stopped by autograd's version check.
+"""
+
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+CPU_CHUNK = 2**18  # numbers: 1 MB of fp32, which stays in a core's cache from one pass to the next
 
 
 class VocabularyShare:
@@ -17,57 +25,63 @@ class VocabularyShare:
 
 
 class TokenLosses(torch.autograd.Function):
-    """[s b v/tp] logits, [s b] labels -> [s b] losses, fp32.
-
-    Kept for the backward pass: one fp32 tensor of the logits' shape, which becomes the gradient in place.
-    """
+    """[s b v/tp] logits, [s b] labels -> [s b] losses, fp32."""
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, share: VocabularyShare) -> torch.Tensor:
         real = logits[..., : share.valid]
         index = (labels - share.start).clamp_(0, max(share.valid - 1, 0)).unsqueeze(-1)  # [s b 1]
         own = (labels >= share.start) & (labels < share.start + share.valid)  # [s b]
-        if share.tp == 1:
-            log_probabilities = torch.log_softmax(real, dim=-1, dtype=torch.float32)
-            losses = -log_probabilities.gather(-1, index).squeeze(-1)
-        else:
-            log_probabilities, losses = _parallel_log_softmax(real, index, own, share)
-        ctx.save_for_backward(log_probabilities, index, own)
-        ctx.logits_like, ctx.share = (logits.shape, logits.dtype), share
-        return losses
+        log_sum = log_sum_exp(real)  # [s b]
+        label_logit = (
+            real.gather(-1, index).squeeze(-1).float() * own if share.valid else torch.zeros_like(log_sum)
+        )
+        if share.tp > 1:
+            log_sum, label_logit = _over_all_ranks(log_sum, label_logit, share.group)
+        ctx.save_for_backward(logits, log_sum, index, own)
+        ctx.valid = share.valid
+        return log_sum - label_logit
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        """d loss / d logit = (softmax - one-hot) x grad"""
-        log_probabilities, index, own = ctx.saved_tensors
-        (shape, dtype), share = ctx.logits_like, ctx.share
-        grad = grad.unsqueeze(-1)  # [s b 1]
-        grad_real = log_probabilities.exp_().mul_(grad)
-        if share.valid:
-            grad_real.scatter_add_(-1, index, -(grad * own.unsqueeze(-1)))
-        if share.valid == share.width:
-            return grad_real.to(dtype), None, None
-        padded = grad.new_zeros(shape, dtype=dtype)
-        padded[..., : share.valid] = grad_real
-        return padded, None, None
+        """d loss / d logit = (softmax - one-hot) x grad; zero for padding"""
+        logits, log_sum, index, own = ctx.saved_tensors
+        logits[..., ctx.valid :] = 0
+        rows = logits[..., : ctx.valid].flatten(0, 1)  # [s*b v/tp]
+        columns = (x.reshape(-1, 1) for x in (log_sum, grad, index, -(grad * own)))
+        for part, part_log_sum, part_grad, part_index, part_label in _in_chunks(rows, *columns):
+            wide = part if part.dtype == grad.dtype else part.to(grad.dtype)
+            wide.sub_(part_log_sum).exp_().mul_(part_grad).scatter_add_(-1, part_index, part_label)
+            if wide is not part:
+                part.copy_(wide)
+        return logits.detach(), None, None
 
 
-def _parallel_log_softmax(
-    real: torch.Tensor, index: torch.Tensor, own: torch.Tensor, share: VocabularyShare
+def log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
+    """[s b v] -> [s b], fp32"""
+    if logits.size(-1) == 0:
+        return torch.full(logits.shape[:-1], -torch.inf, device=logits.device)
+    parts = [torch.logsumexp(part.float(), dim=-1) for (part,) in _in_chunks(logits.flatten(0, 1))]
+    return torch.cat(parts).view(logits.shape[:-1])
+
+
+def _in_chunks(rows: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Some rows at a time on the CPU, where memory is slow; all at once on CUDA, where launches are."""
+    if rows.size(-1) == 0:
+        return
+    count = rows.size(0) if rows.is_cuda else max(1, CPU_CHUNK // rows.size(-1))
+    yield from zip(*(tensor.split(count) for tensor in (rows, *others)), strict=True)
+
+
+def _over_all_ranks(
+    log_sum: torch.Tensor, label_logit: torch.Tensor, group: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maximum, sum of exponentials and the label's logit each need one reduction over the tensor ranks."""
-    logits = real.to(torch.float32, copy=True)
-    if share.valid:
-        top = logits.amax(dim=-1)  # [s b]
-    else:
-        top = torch.full(own.shape, -torch.inf, device=logits.device)
-    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=share.group)
-    logits.sub_(top.unsqueeze(-1))
-    label_logit = logits.gather(-1, index).squeeze(-1) * own if share.valid else torch.zeros_like(top)
-    sums = torch.stack((logits.exp().sum(dim=-1), label_logit))  # [2 s b]
-    dist.all_reduce(sums, group=share.group)
-    log_sum = sums[0].log()
-    return logits.sub_(log_sum.unsqueeze(-1)), log_sum - sums[1]
+    """The sums of exponentials add up; the label's logit is zero on all ranks but its own."""
+    top = log_sum.clone()
+    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+    both = torch.stack((torch.exp(log_sum - top), label_logit))  # [2 s b]
+    dist.all_reduce(both, group=group)
+    return both[0].log() + top, both[1]
 
 
 class WeightedLoss:

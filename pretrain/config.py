@@ -189,7 +189,9 @@ class RunConfig(Facts):
 
     name: str = Field("run", pattern=r"^[\w.-]+$")
     out: str = Field("runs_out", description="folder; the run writes into out/name")
-    family: Literal["gpt"] = "gpt"
+    family: Literal["gpt"] = Field(
+        "gpt", description="kind of model; the program that trains it is pretrain.<family>"
+    )
     model: ModelConfig
     data: DataConfig
     train: TrainConfig

@@ -5,18 +5,14 @@ run file, `key=value` words.  `Run.origins` remembers which of these each value 
 in one message, before any process starts.
 """
 
-import difflib
-import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from data_tools.errors import DataError
 from data_tools.manifest import load_manifest
@@ -29,6 +25,8 @@ from model_providers.presets import get_preset
 from pretrain import config_rules, ds_config
 from pretrain.config import RunConfig
 from pretrain.errors import RunError
+from pretrain.nested import leaves, put
+from pretrain.run_file import parse_words, plain, read_yaml
 
 SHARD_ALIGNMENT = 1024  # elements; DeepSpeed pads shards to whole blocks of asynchronous I/O
 
@@ -86,9 +84,9 @@ def load_run(
     """Read and check a run; raises `RunError` with every fault that was found."""
     path = Path(path)
     raw = read_yaml(path)
-    origins = {key: path.name for key, _ in ds_config.leaves(raw)}
+    origins = {key: path.name for key, _ in leaves(raw)}
     for key, value in parse_words(words):
-        ds_config.put(raw, key, value)
+        put(raw, key, value)
         origins = {k: v for k, v in origins.items() if not k.startswith(f"{key}.")} | {key: "command line"}
     if deepspeed_config is not None:
         raw["deepspeed"] = deepspeed_config
@@ -107,7 +105,7 @@ def make_run(
     json_path = find_deepspeed_json(str(raw.get("deepspeed", RunConfig.model_fields["deepspeed"].default)))
     document = ds_config.read_json(json_path)
     reading = ds_config.bring_together(document, raw, json_name=json_path.name, run_name=run_name)
-    known = dict(origins or {key: run_name for key, _ in ds_config.leaves(raw)})
+    known = dict(origins or {key: run_name for key, _ in leaves(raw)})
     known |= dict.fromkeys(reading.taken, json_path.name)
     _expand_preset(reading.run, known)
     config = _validate(reading.run, reading.faults, run_name)
@@ -124,31 +122,6 @@ def make_run(
     return run
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A run file as a nested dict; one line if it is missing or broken."""
-    try:
-        raw = yaml.load(path.read_text("utf-8"), Loader=_StrictLoader)
-    except (FileNotFoundError, IsADirectoryError):
-        raise RunError(f"{path}: no such run file{_nearby(path)}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as fault:
-        raise RunError(f"{path}: not valid YAML: {' '.join(str(fault).split())}") from None
-    if not isinstance(raw, dict):
-        raise RunError(f"{path}: must hold keys and values, such as `model: {{preset: demo}}`")
-    return raw
-
-
-def parse_words(words: Iterable[str]) -> Iterable[tuple[str, Any]]:
-    """``a.b=c`` words of a command line, values read as YAML."""
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or not key:
-            raise RunError(f"{word!r}: overrides are written key=value, such as train.steps=100")
-        try:
-            yield key, yaml.load(value, Loader=_StrictLoader)
-        except yaml.YAMLError as fault:
-            raise RunError(f"{word!r}: the value is not valid YAML: {' '.join(str(fault).split())}") from None
-
-
 def find_deepspeed_json(name: str) -> Path:
     """A path as given, or a file of the ``ds_configs`` folder that ships with Megaloom."""
     if Path(name).exists() or "/" in name:
@@ -160,34 +133,6 @@ def find_deepspeed_json(name: str) -> Path:
             f"deepspeed={name}: neither a file here nor in ds_configs, which has {', '.join(choices)}"
         )
     return shipped
-
-
-def to_yaml(config: RunConfig) -> str:
-    """The whole configuration, defaults included, as YAML that `load_run` reads back."""
-    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, width=110)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a repeated key is an error and ``1e-4`` is a number (YAML 1.1 calls it a string)."""
-
-
-# YAML 1.1 wants a dot and a sign in 1.0e+4; this is YAML 1.2's rule (section 10.3.2).
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def _strict_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {key!r} stands twice", node.start_mark
-            )
-    return loader.construct_mapping(node, deep=True)
-
-
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _strict_mapping)
 
 
 def _expand_preset(raw: dict[str, Any], origins: dict[str, str]) -> None:
@@ -212,66 +157,7 @@ def _validate(raw: dict[str, Any], faults: list[str], run_name: str) -> RunConfi
     try:
         return RunConfig(**raw)
     except ValidationError as error:
-        raise RunError(
-            _told_together([*faults, *(f"{run_name}: {line}" for line in _plain(error))])
-        ) from None
-
-
-def _plain(error: ValidationError) -> Iterable[str]:
-    """pydantic's report as lines of ``key=value: what is wrong``."""
-    for item in error.errors():
-        place = [str(part) for part in item["loc"] if not _is_union_tag(part)]
-        key = ".".join(place)
-        if item["type"] == "extra_forbidden":
-            yield f"{key}: no such key{_nearest_field(place)}"
-        elif item["type"] == "missing":
-            yield f"{key}: must be given"
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            message = message[0].lower() + message[1:] if not message[:2].isupper() else message
-            yield f"{key}={item['input']!r}: {message}" if place else message
-
-
-def _is_union_tag(part: object) -> bool:
-    """pydantic puts the chosen member of a union into the place; a user did not write it."""
-    tags = {
-        "cosine",
-        "linear",
-        "wsd",
-        "constant",
-        "inverse_square_root",
-        "power",
-        "literal['parameters','cost','uniform']",
-    }
-    return isinstance(part, str) and (part in tags or part.startswith(("tuple[", "literal[", "function-")))
-
-
-def _nearest_field(place: Sequence[str]) -> str:
-    owner: Any = RunConfig
-    for part in place[:-1]:
-        info = (
-            owner.model_fields.get(part) if isinstance(owner, type) and issubclass(owner, BaseModel) else None
-        )
-        owner = _model_of(info.annotation) if info else None
-    names: set[str] = set()
-    for model in _models(owner):
-        names |= set(model.model_fields)
-    close = difflib.get_close_matches(place[-1], sorted(names), n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; there are {', '.join(sorted(names))}" if names else ""
-
-
-def _model_of(annotation: Any) -> Any:
-    return annotation
-
-
-def _models(annotation: Any) -> Iterable[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-        return
-    for argument in get_args(annotation):
-        yield from _models(argument)
+        raise RunError(_told_together([*faults, *(f"{run_name}: {line}" for line in plain(error))])) from None
 
 
 def _with_vocabulary(config: RunConfig, faults: list[str], origins: dict[str, str]) -> RunConfig:
@@ -288,8 +174,8 @@ def _with_vocabulary(config: RunConfig, faults: list[str], origins: dict[str, st
         return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": size})})
     if stated < size:
         faults.append(
-            f"model.vocab_size={stated}: the tokenizer of {corpus} has {size} ids; leave model.vocab_size "
-            "out, or prepare the corpus with the model's tokenizer"
+            f"model.vocab_size={stated}: the tokenizer of {corpus} has {size} ids; set model.vocab_size=null to "
+            "take its size, or prepare the corpus with the model's tokenizer"
         )
     return config
 
@@ -340,9 +226,3 @@ def _told_together(faults: Sequence[str]) -> str:
     if len(faults) == 1:
         return faults[0]
     return "\n".join([f"{len(faults)} faults:", *(f"  - {fault}" for fault in faults)])
-
-
-def _nearby(path: Path) -> str:
-    shipped = sorted(Path(str(resources.files("pretrain").joinpath("runs"))).glob("*.yaml"))
-    names = [f"{file.parent.parent.name}/runs/{file.name}" for file in shipped]
-    return f"; there are {', '.join(names)}" if names else ""

@@ -7,13 +7,14 @@ surprises (clipping 1.0, accumulation in bf16) is written out.
 
 import copy
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pretrain.ds_schema import key_faults
 from pretrain.errors import RunError
+from pretrain.nested import get, leaves, put
 
 AUTO = "auto"
 NEVER = 2**31 - 1  # steps_per_print: Megaloom's own console tells the progress
@@ -146,32 +147,6 @@ class Facts:
     hidden_size: int
     parameters_per_rank: int
     largest_shard: int  # elements of the largest parameter on one rank under ZeRO-3
-
-
-def get(document: dict[str, Any], path: str) -> Any:
-    """The value under a dotted path, or None."""
-    for word in path.split("."):
-        if not isinstance(document, dict) or word not in document:
-            return None
-        document = document[word]
-    return document
-
-
-def put(document: dict[str, Any], path: str, value: Any) -> None:
-    """Set the value under a dotted path, making sections on the way."""
-    *sections, last = path.split(".")
-    for word in sections:
-        document = document.setdefault(word, {})
-    document[last] = value
-
-
-def leaves(document: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Dotted paths and values of everything that is not a section."""
-    for key, value in document.items():
-        if isinstance(value, dict) and value:
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _take(reading: Reading, run_key: str, value: Any, *, where: str, run_name: str) -> None:

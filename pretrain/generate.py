@@ -13,16 +13,17 @@ from torch import nn
 
 from data_tools.tokenizer import Tokenizer, load_tokenizer
 from model_providers.config import ModelConfig
+from model_providers.families import PLAN_BUILDERS
 from model_providers.generation import generation_cache, next_logits
-from model_providers.gpt import build_plan, solo_groups
+from model_providers.gpt import solo_groups
 from model_providers.layout import Layout
 from pretrain.checkpoint import store
 from pretrain.checkpoint.store import CONFIG, TOKENIZER, WEIGHTS
 from pretrain.checkpoint.weights import WeightLoader
 from pretrain.config import RunConfig
-from pretrain.config_io import read_yaml
 from pretrain.engine.layers import build_layers, tied_names
 from pretrain.errors import RunError
+from pretrain.run_file import read_yaml
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def load_generator(path: Path, device: torch.device) -> Generator:
     folder = find_checkpoint(path)
     config = RunConfig(**read_yaml(folder / CONFIG))
     layout = Layout(tp=1, pp=1, dp=1)
-    plan = build_plan(
+    plan = PLAN_BUILDERS[config.family](
         config.model,
         layout,
         solo_groups(),

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from data_tools.training_data import TrainingData
-from model_providers.gpt import build_plan
+from model_providers.families import PLAN_BUILDERS
 from model_providers.layer_plan import LayerPlan, Recompute
 from model_providers.partition import partition_by
 from pretrain.batches import Feed, open_run_data
@@ -17,7 +17,7 @@ from pretrain.checkpoint import save_load
 from pretrain.checkpoint.state import RunState, layout_of, model_of
 from pretrain.checkpoint.store import TOKENIZER, WEIGHTS, folder_name, write_whole
 from pretrain.checkpoint.weights import WeightLoader
-from pretrain.config_io import Run, to_yaml
+from pretrain.config_io import Run
 from pretrain.config_rules import device_faults
 from pretrain.engine import preflight
 from pretrain.engine.base import Engine
@@ -30,6 +30,7 @@ from pretrain.evaluate import evaluate_all
 from pretrain.loop import Loop, Outcome
 from pretrain.monitor import banner, logs
 from pretrain.monitor.sinks import ConsoleSink, DeepSpeedMonitors, JsonLines, Sink
+from pretrain.run_file import to_yaml
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def check_place(run: Run, groups: Groups) -> None:
 def make_plan(run: Run, groups: Groups) -> LayerPlan:
     """The model as layers, for this rank's place."""
     config = run.config
-    return build_plan(
+    return PLAN_BUILDERS[config.family](
         config.model,
         run.layout,
         groups.collection,

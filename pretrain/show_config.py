@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pretrain.config_io import Run, load_run
-from pretrain.ds_config import leaves
+from pretrain.nested import leaves
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.prepare import Recipe, prepare
-from pretrain import ds_config
 from pretrain.config_io import Run, make_run
+from pretrain.nested import put
 
 TEXT = "the a loom weaves wide threads of many small ranks into one even cloth while gradients wander home"
 WORDS = TEXT.split()
@@ -53,7 +53,7 @@ def tiny(corpus: str, out: Path, **changes: Any) -> dict[str, Any]:
         "kernels": "torch",
     }
     for key, value in changes.items():
-        ds_config.put(raw, key.replace("__", "."), value)
+        put(raw, key.replace("__", "."), value)
     return raw
 
 

@@ -17,11 +17,12 @@ from pretrain.checkpoint import store
 from pretrain.checkpoint.state import RunState, check_fits
 from pretrain.checkpoint.store import CONFIG, ENGINE, STATE, TOKENIZER, WEIGHTS
 from pretrain.checkpoint.weights import file_name, write_layer
-from pretrain.config_io import Run, to_yaml
+from pretrain.config_io import Run
 from pretrain.engine.base import Engine
 from pretrain.engine.groups import Groups
 from pretrain.engine.layers import tied_names
 from pretrain.errors import RunError
+from pretrain.run_file import to_yaml
 
 log = logging.getLogger(__name__)
 

@@ -14,11 +14,12 @@ from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
 from deepspeed.ops.op_builder.builder import OpBuilder
 
 from pretrain.config_io import Run
-from pretrain.ds_config import ADAM_LIKE, get, optimizer_is_offloaded
+from pretrain.ds_config import ADAM_LIKE, optimizer_is_offloaded
 from pretrain.engine.build_locks import extensions_root
 from pretrain.engine.groups import Groups
 from pretrain.engine.quiet import without_stdout
 from pretrain.errors import RunError
+from pretrain.nested import get
 
 log = logging.getLogger(__name__)
 

@@ -1,12 +1,17 @@
 """The house's rules as tests: one direction, no cycles, torch-free modules, one translator per foreign tongue."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from model_providers.families import PLAN_BUILDERS
+from pretrain.config import RunConfig
 
 ROOMS = {
     "launch": {"launch", "pretrain", "data_tools", "model_providers"},
@@ -30,6 +35,9 @@ WITHOUT_TORCH = (
     "pretrain.ds_config",
     "pretrain.ds_schema",
     "pretrain.optim",
+    "pretrain.nested",
+    "pretrain.optimizer_rules",
+    "pretrain.run_file",
     "pretrain.show_config",
     "pretrain.plot",
     "launch.__main__",
@@ -166,3 +174,9 @@ def test_only_one_module_assigns_into_another_library() -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setattr"
     }
     assert patching <= {"model_providers/mcore_on_cpu.py", "pretrain/engine/layers.py", "pretrain/parity.py"}
+
+
+def test_every_family_of_a_run_file_has_a_plan_and_a_program() -> None:
+    families = get_args(RunConfig.model_fields["family"].annotation)
+    assert set(PLAN_BUILDERS) == set(families)
+    assert all(hasattr(importlib.import_module(f"pretrain.{family}"), "main") for family in families)

@@ -140,7 +140,7 @@ def test_a_dry_run_prints_the_launchers_command_and_starts_nothing(run_file: Pat
 
 @pytest.mark.parametrize("words", [[], ["--help"]])
 def test_help_lists_the_commands_without_torch(words: list[str]) -> None:
-    code = f"import sys; sys.argv[1:] = {words!r}; from launch.__main__ import main; main(); assert 'torch' not in sys.modules"
+    code = f"import sys; from launch.__main__ import main; main({words!r}); assert 'torch' not in sys.modules"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "prepare" in told.stdout and "generate" in told.stdout
 

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
-from pretrain.config_io import load_run, to_yaml
+from pretrain.config_io import load_run
 from pretrain.errors import RunError
+from pretrain.run_file import to_yaml
 from pretrain.show_config import origin
 from tests.runs import checked, tiny
 

@@ -17,8 +17,9 @@ from deepspeed.runtime.zero.offload_config import (
 )
 
 from pretrain import ds_schema
-from pretrain.ds_config import AUTO, leaves
+from pretrain.ds_config import AUTO
 from pretrain.errors import RunError
+from pretrain.nested import leaves
 from tests.runs import checked, tiny
 
 SHIPPED = sorted(Path("ds_configs").glob("*.json"))

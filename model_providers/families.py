@@ -1,0 +1,8 @@
+"""The model families, by the name that a run file gives: what builds the plan of each.
+
+The program that trains a family is `pretrain.<name>`.
+"""
+
+from model_providers import gpt
+
+PLAN_BUILDERS = {"gpt": gpt.build_plan}
