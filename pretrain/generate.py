@@ -84,7 +84,9 @@ def choose(logits: torch.Tensor, sampling: Sampling, random: torch.Generator) ->
 
 def load_generator(path: Path, device: torch.device) -> Generator:
     """From a checkpoint's folder, or a run's folder, of which it takes the latest."""
-    folder = find_checkpoint(path)
+    folder = store.checkpoint_in(path)
+    if folder is None:
+        raise RunError(f"checkpoint={path}: {store.NO_CHECKPOINT}")
     config = RunConfig(**read_yaml(folder / CONFIG))
     layout = Layout(tp=1, pp=1, dp=1)
     plan = PLAN_BUILDERS[config.family](
@@ -101,20 +103,6 @@ def load_generator(path: Path, device: torch.device) -> Generator:
     layers = [layer.module for layer in build_layers(root, plan.layers, plan.ties, [loader])]
     root.eval()
     return Generator(layers, config.model, load_tokenizer(str(folder / TOKENIZER)), device)
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that ``path`` means."""
-    for folder in (path, path / "checkpoints"):
-        if (folder / WEIGHTS).is_dir():
-            return folder
-        found = store.checkpoints(folder) if folder.is_dir() else []
-        if found:
-            return found[0]
-    raise RunError(
-        f"checkpoint={path}: no checkpoint there; give a run's folder, or a step-... folder in its "
-        "checkpoints"
-    )
 
 
 def main(argv: list[str] | None = None) -> None:

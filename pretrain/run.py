@@ -13,7 +13,7 @@ from model_providers.families import PLAN_BUILDERS
 from model_providers.layer_plan import LayerPlan, Recompute
 from model_providers.partition import partition_by
 from pretrain.batches import Feed, open_run_data
-from pretrain.checkpoint import save_load
+from pretrain.checkpoint import save_load, store
 from pretrain.checkpoint.state import RunState, layout_of, model_of
 from pretrain.checkpoint.store import TOKENIZER, WEIGHTS, folder_name, write_whole
 from pretrain.checkpoint.weights import WeightLoader
@@ -105,7 +105,7 @@ def make_engine(run: Run, plan: LayerPlan, groups: Groups) -> Engine:
     arguments: dict[str, Any] = {"json": document, "optimizer": run.config.optimizer}
     source = run.config.checkpoint.weights_from
     if source is not None:
-        folder, layout = Path(source) / WEIGHTS, run.layout
+        folder, layout = (store.checkpoint_in(Path(source)) or Path(source)) / WEIGHTS, run.layout
         arguments["prepare"] = [
             WeightLoader(folder, tp_rank=groups.place.tp, tp=layout.tp, tied=tied_names(plan))
         ]

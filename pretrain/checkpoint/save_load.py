@@ -34,8 +34,6 @@ def save(run: Run, engine: Engine, state: RunState, tokenizer_folder: Path) -> P
     """Write a checkpoint of this step; every rank calls it.  None if the disk has no room for it."""
     groups, root = engine.groups, checkpoint_root(run)
     final = root / store.folder_name(state.step)
-    if _told_by_first(groups, final.exists() if groups.is_first else None):
-        return final
     if not _told_by_first(groups, _has_room(root) if groups.is_first else None):
         return None
     folder = root / (final.name + store.PARTIAL)
@@ -77,33 +75,63 @@ def checkpoint_root(run: Run) -> Path:
 
 
 def find(run: Run, groups: Groups) -> Path | None:
-    """The checkpoint this run goes on from, whole and of the same layout; every rank gets the same answer."""
-    resume = run.config.checkpoint.resume
-    if resume == "never":
-        if _told_by_first(groups, bool(store.checkpoints(checkpoint_root(run))) if groups.is_first else None):
-            raise RunError(
-                f"checkpoint.resume=never: {checkpoint_root(run)} holds an earlier run's checkpoints, which "
-                "this one would mix with; use another name, or remove that folder"
-            )
-        return None
-    candidates = store.checkpoints(checkpoint_root(run)) if resume == "auto" else [Path(resume)]
-    names: Sequence[str] = _told_by_first(
-        groups, [str(path) for path in candidates] if groups.is_first else None
-    )
+    """The checkpoint this run goes on from, whole and of the same layout; every rank gets the same answer.
+
+    A run that began from another run's checkpoint (`checkpoint.resume=FOLDER`) goes on from its own as soon as it has
+    one, so that the same command may be started again and again.
+    """
+    names, refusal = _told_by_first(groups, _candidates(run) if groups.is_first else None)
+    if refusal is not None:
+        raise RunError(refusal)
+    damaged: list[Path] = []
     for name in names:
         folder = Path(name)
         faults = _faults_together(folder, groups)
         if not faults:
             check_fits(RunState.read(folder / STATE), run, folder)
+            if groups.is_first:
+                for other in damaged:
+                    store.set_aside(other)
             return folder
-        message = f"checkpoint {folder} is damaged: {faults[0]}" + (
-            f" (and {len(faults) - 1} more)" if faults[1:] else ""
-        )
-        if resume != "auto":
-            raise RunError(message)
+        damaged.append(folder)
         if groups.is_first:
-            log.warning("%s; passed over", message)
+            log.warning("%s", _damage(folder, faults))
+    if damaged:
+        raise RunError(
+            f"{_damage(damaged[0], faults if len(damaged) == 1 else [])}, and there is no whole one to go on from; "
+            "use another name to start anew, or put back what is missing"
+        )
     return None
+
+
+def _candidates(run: Run) -> tuple[list[str], str | None]:
+    """Checkpoints that may be gone on from, the best first; or why there can be none."""
+    root, resume = checkpoint_root(run), run.config.checkpoint.resume
+    own = store.checkpoints(root)
+    if resume == "never" and own:
+        return [], (
+            f"checkpoint.resume=never: {root} holds an earlier run's checkpoints, which this one would mix "
+            "with; use another name, or remove that folder"
+        )
+    if resume in ("never", "auto"):
+        return [str(folder) for folder in own], None
+    folder = store.checkpoint_in(Path(resume))
+    if folder is None:
+        return [], f"checkpoint.resume={resume}: {store.NO_CHECKPOINT}"
+    if folder.resolve().parent != root.resolve():
+        return [str(path) for path in own] or [str(folder)], None
+    later = [path.name for path in own if store.step_of(path) > store.step_of(folder)]
+    if later:
+        return [], (
+            f"checkpoint.resume={resume}: this run went on from there to {later[0]}, and its files would mix with "
+            "those to come; add name=ANOTHER, which starts a run of its own from that checkpoint"
+        )
+    return [str(folder)], None
+
+
+def _damage(folder: Path, faults: Sequence[str]) -> str:
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    return f"checkpoint {folder} is damaged" + (f": {faults[0]}{more}" if faults else "")
 
 
 def load(folder: Path, engine: Engine) -> RunState:

@@ -20,6 +20,8 @@ ENGINE, WEIGHTS, STATE, CONFIG, TOKENIZER = "deepspeed", "weights", "state.json"
 MANIFEST = "manifest.json"
 LATEST = "latest"
 PARTIAL = ".partial"
+DAMAGED = ".damaged"
+NO_CHECKPOINT = "no checkpoint there; give a run's folder, or a step-... folder in its checkpoints"
 READ_BYTES = 1 << 22
 
 
@@ -97,6 +99,13 @@ def remove(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def set_aside(folder: Path) -> None:
+    """Take a damaged checkpoint's proper name from it, but nothing else: someone may want to look at it."""
+    aside = folder.with_name(folder.name + DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+
+
 def prune(root: Path, keep_last: int) -> None:
     """Keep the newest ``keep_last`` checkpoints, and no left-overs of interrupted ones."""
     for folder in checkpoints(root)[keep_last:]:
@@ -109,6 +118,13 @@ def checkpoints(root: Path) -> list[Path]:
     """Complete checkpoints, the newest first."""
     found = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
     return sorted(found, key=step_of, reverse=True)
+
+
+def checkpoint_in(path: Path) -> Path | None:
+    """The checkpoint that a user means: by its own folder, or the newest by its run's folder or `checkpoints`."""
+    if (path / WEIGHTS).is_dir():
+        return path
+    return next((folder for root in (path, path / "checkpoints") for folder in checkpoints(root)), None)
 
 
 def faults(folder: Path, *, share: int = 0, shares: int = 1) -> Iterator[str]:

@@ -18,8 +18,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from model_providers import mcore_on_cpu
 from model_providers.layout import Coordinates, Layout
-from pretrain.engine.build_locks import clear_stale_build_locks
+from pretrain.engine.native_builds import build_obstacle
 from pretrain.engine.quiet import without_stdout
+from pretrain.errors import RunError
 
 DEFAULT_TIMEOUT_S = 1800.0
 
@@ -78,7 +79,8 @@ def device_of_this_rank() -> torch.device:
 def join(layout: Layout, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Groups:
     """Join the world that the launcher's environment describes, and make all groups; every rank must call it."""
     accelerator = get_accelerator()
-    clear_stale_build_locks()  # the next lines compile DeepSpeed's shared-memory collectives on a CPU
+    if accelerator.device_name() == "cpu":
+        _load_shared_memory_collectives()
     if not dist.is_initialized():
         accelerator.set_device(_local_rank())
     with without_stdout():
@@ -111,6 +113,17 @@ def join(layout: Layout, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Groups:
     for axis, group in (("tp", groups.tp), ("dp", groups.dp), ("pp", groups.pp)):
         assert_same_ranks(axis, group, next(ranks for ranks in layout.groups(axis) if rank in ranks))
     return groups
+
+
+def _load_shared_memory_collectives() -> None:
+    """`init_distributed` would compile them on a CPU too, but forget to say so, and to explain a failure."""
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    obstacle = build_obstacle(builder, tell=_rank() == 0) if builder.is_compatible(verbose=False) else None
+    if obstacle is not None:
+        raise RunError(
+            f"DeepSpeed's collectives for CPUs do not compile here: {obstacle}; they need a C++ compiler and "
+            "ninja: apt-get install g++ (Debian, Ubuntu), pip install ninja"
+        )
 
 
 def assert_same_ranks(name: str, group: dist.ProcessGroup, expected: list[int]) -> None:
@@ -163,6 +176,10 @@ class ModelParallelUnit:
 
     def get_pipeline_model_parallel_rank(self) -> int:
         return 0
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 def _local_rank() -> int:

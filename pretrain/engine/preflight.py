@@ -6,7 +6,6 @@ each part is tried once and its absence told in one line with the way out.
 
 import logging
 import os
-import re
 from typing import Any
 
 import torch.distributed as dist
@@ -15,8 +14,8 @@ from deepspeed.ops.op_builder.builder import OpBuilder
 
 from pretrain.config_io import Run
 from pretrain.ds_config import ADAM_LIKE, optimizer_is_offloaded
-from pretrain.engine.build_locks import extensions_root
 from pretrain.engine.groups import Groups
+from pretrain.engine.native_builds import build_obstacle
 from pretrain.engine.quiet import without_stdout
 from pretrain.errors import RunError
 from pretrain.nested import get
@@ -73,36 +72,6 @@ def _build(builder: OpBuilder, groups: Groups) -> str | None:
     return groups.first_told(obstacle)
 
 
-def build_obstacle(builder: OpBuilder, *, tell: bool = False) -> str | None:
-    """The compiler's first error, or None when the kernel is built and loaded."""
-    if tell and not is_built(builder):
-        log.info("compiling DeepSpeed's %s: once on this machine, it takes a minute or more", builder.name)
-    try:
-        with without_stdout():
-            builder.load(verbose=False)
-    except (
-        Exception
-    ) as failure:  # a build fails in any way it likes: no compiler, no ninja, a header, a linker
-        return first_error(f"{failure}")
-    return None
-
-
-def is_built(builder: OpBuilder) -> bool:
-    """Whether an earlier run left the compiled kernel in torch's folder of extensions."""
-    return any(extensions_root().glob(f"**/{builder.name}/*.so"))
-
-
 def _offload_devices(document: dict[str, Any]) -> set[str]:
     sections = ("offload_param", "offload_optimizer")
     return {str(get(document, f"zero_optimization.{section}.device")) for section in sections}
-
-
-def first_error(output: str) -> str:
-    """The first line of a build's output that names an error, else its last line."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    named = [
-        line
-        for line in lines
-        if re.search(r"\b(fatal )?error\b|not found|No such file|required", line, re.IGNORECASE)
-    ]
-    return (named or lines[-1:] or ["no output"])[0]

@@ -257,3 +257,45 @@ def test_the_state_file_tells_everything_but_tensors(copied: tuple[dict[str, Any
     state = json.loads((root / "step-0000004" / "state.json").read_text())
     assert state["step"] == 4 and state["consumed_samples"] == 32 and state["tokens"] == 4 * 8 * 32
     assert check_fits is not None and state["layout"]["zero_stage"] == 1
+
+
+@pytest.mark.ranks
+def test_a_damaged_checkpoint_is_written_again_and_the_old_one_kept_aside(
+    ranks: RankPool, copied: tuple[dict[str, Any], Path]
+) -> None:
+    raw, root = copied
+    flip_a_byte(next((root / "step-0000004" / "deepspeed").iterdir()))
+    losses = ranks.run(train, 2, raw, 4)[0][0]
+    assert len(losses) == 2, "steps 3 and 4 again"
+    assert not list(store.faults(root / "step-0000004"))
+    assert list(store.faults(root / "step-0000004.damaged"))
+
+
+@pytest.mark.ranks
+def test_when_no_checkpoint_is_whole_nothing_starts_anew_in_silence(
+    ranks: RankPool, copied: tuple[dict[str, Any], Path]
+) -> None:
+    raw, root = copied
+    for folder in store.checkpoints(root):
+        (folder / "manifest.json").unlink()
+    message = ranks.run(refused, 2, raw)[0]
+    assert "is damaged, and there is no whole one to go on from" in message and "another name" in message
+
+
+@pytest.mark.ranks
+def test_a_run_may_begin_from_another_runs_checkpoint_but_not_mix_with_its_own_later_ones(
+    ranks: RankPool, copied: tuple[dict[str, Any], Path]
+) -> None:
+    raw, root = copied
+    earlier = {"every": 2, "keep_last": 2, "resume": str(root / "step-0000002")}
+    assert (
+        "this run went on from there to step-0000004"
+        in ranks.run(refused, 2, {**raw, "checkpoint": earlier})[0]
+    )
+    branch = {**raw, "name": "branch", "checkpoint": earlier}
+    assert len(ranks.run(train, 2, branch, 4)[0][0]) == 2
+    assert len(ranks.run(train, 2, branch, 6)[0][0]) == 2, (
+        "the same command goes on from the branch's own step 4"
+    )
+    nowhere = {**raw, "name": "lost", "checkpoint": {"resume": str(root / "nowhere")}}
+    assert "no checkpoint there; give a run's folder" in ranks.run(refused, 2, nowhere)[0]

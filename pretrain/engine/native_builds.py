@@ -1,0 +1,97 @@
+"""DeepSpeed's kernels that are compiled at first use: one build at a time, and none that waits for a dead one.
+
+torch serialises these builds by a file named `lock`.  A process that is killed while it compiles leaves it there,
+and every later run would wait for it for ever, without a word.  Ours build under a lock that the system releases
+with its holder, so a file that is found then, with nobody at work beside it, is a left-over.
+"""
+
+import contextlib
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+from deepspeed.ops.op_builder.builder import OpBuilder
+from filelock import FileLock
+from torch.utils.cpp_extension import get_default_build_root
+
+from pretrain.engine.quiet import without_stdout
+
+OURS = ".megaloom-builds.lock"
+COMPILERS_WORDS = re.compile(r"\berror: |: not found|No such file|cannot find|is required")
+YOUNG_S = 5.0  # another program may have taken its lock just now, and not started its compiler yet
+
+
+def build_obstacle(builder: OpBuilder, *, tell: bool = False) -> str | None:
+    """Compile a kernel if need be, and load it: None, or the compiler's first error."""
+    try:
+        with building_alone():
+            if tell and not is_built(builder):
+                line = (
+                    f"compiling DeepSpeed's {builder.name}: once on this machine, it takes a minute or more"
+                )
+                print(line, file=sys.stderr, flush=True)
+            with without_stdout():
+                builder.load(verbose=False)
+    except Exception as failure:  # a build fails in any way it likes: compiler, ninja, header, linker
+        return first_error(f"{failure}")
+    return None
+
+
+@contextlib.contextmanager
+def building_alone() -> Iterator[None]:
+    """No other process of ours compiles meanwhile, and no left-over lock is in the way."""
+    extensions_root().mkdir(parents=True, exist_ok=True)
+    with FileLock(extensions_root() / OURS):
+        clear_stale_build_locks()
+        yield
+
+
+def clear_stale_build_locks() -> list[Path]:
+    """Remove torch's locks that no process of this machine works on; returns them."""
+    stale = []
+    for lock in extensions_root().glob("**/lock"):
+        while lock.exists() and _age_s(lock) < YOUNG_S:
+            time.sleep(0.1)
+        if lock.exists() and not _is_worked_in(lock.parent):
+            lock.unlink(missing_ok=True)
+            stale.append(lock)
+    return stale
+
+
+def extensions_root() -> Path:
+    """Where torch keeps what it compiled."""
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+
+
+def is_built(builder: OpBuilder) -> bool:
+    """Whether an earlier run left the compiled kernel in torch's folder of extensions."""
+    return any(extensions_root().glob(f"**/{builder.name}/*.so"))
+
+
+def first_error(output: str) -> str:
+    """The first line of a build's output that tells of an error in a compiler's words, else its last line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    told = [line for line in lines if COMPILERS_WORDS.search(line)]
+    return (told or lines[-1:] or ["no output"])[0]
+
+
+def _age_s(lock: Path) -> float:
+    try:
+        return time.time() - lock.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _is_worked_in(folder: Path) -> bool:
+    """ninja and the compilers run in the build's folder."""
+    for process in psutil.process_iter():
+        try:
+            if Path(process.cwd()).is_relative_to(folder):
+                return True
+        except (psutil.Error, OSError):
+            continue
+    return False

@@ -1,0 +1,161 @@
+"""Kernels compiled at first use: no dead lock is waited for, and a failure says what the compiler said."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deepspeed.ops.op_builder.builder import OpBuilder
+
+from pretrain.engine import native_builds, preflight
+from pretrain.engine.native_builds import build_obstacle, building_alone, first_error
+from pretrain.parity import Trace
+from tests.parity.record import record_raw
+from tests.ranks import CPU_ONLY_ENVIRONMENT, RankError, RankPool
+from tests.runs import checked, tiny
+
+WAIT_S = 60.0
+
+
+@pytest.fixture
+def extensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    return tmp_path
+
+
+def lock_in(folder: Path, *, age_s: float) -> Path:
+    folder.mkdir()
+    lock = folder / "lock"
+    lock.touch()
+    then_s = time.time() - age_s
+    os.utime(lock, (then_s, then_s))
+    return lock
+
+
+def test_a_lock_of_a_killed_build_is_removed(extensions: Path) -> None:
+    lock = lock_in(extensions / "cpu_adam", age_s=60)
+    with building_alone():
+        assert not lock.exists()
+
+
+def test_a_young_lock_is_given_time(extensions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_builds, "YOUNG_S", 0.5)
+    lock = lock_in(extensions / "cpu_adam", age_s=0)
+    started_s = time.monotonic()
+    with building_alone():
+        assert not lock.exists() and time.monotonic() - started_s > 0.3
+
+
+def test_a_lock_that_a_compiler_works_beside_stays(extensions: Path) -> None:
+    lock = lock_in(extensions / "cpu_adam", age_s=60)
+    compiler = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], cwd=lock.parent)
+    try:
+        with building_alone():
+            assert lock.exists()
+    finally:
+        compiler.kill()
+        compiler.wait()
+
+
+def test_a_killed_builder_blocks_nobody(extensions: Path) -> None:
+    code = (
+        "import time; from pretrain.engine.native_builds import building_alone\n"
+        "with building_alone(): print('in', flush=True); time.sleep(60)"
+    )
+    environment = {**os.environ, **CPU_ONLY_ENVIRONMENT}
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == "in\n"
+    holder.kill()
+    holder.communicate()
+    with building_alone():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("output", "line"),
+    [
+        (
+            "[1/2] c++ -c x.cpp\nx.cpp:1:10: fatal error: libaio.h: No such file\nninja: stopped",
+            "fatal error",
+        ),
+        (
+            "Error building extension 'x': [1/2] c++ -c error.cpp -o x.o\nFAILED: x.o\nc++ -c error.cpp\n"
+            "/bin/sh: 1: c++: not found\nninja: build stopped: subcommand failed.",
+            "/bin/sh: 1: c++: not found",
+        ),
+        ("Ninja is required to load C++ extensions", "Ninja is required"),
+        ("something else\nlast words", "last words"),
+        ("", "no output"),
+    ],
+)
+def test_the_first_error_of_a_build_is_told(output: str, line: str) -> None:
+    assert line in first_error(output)
+
+
+def test_a_build_that_fails_in_any_way_is_one_line(extensions: Path) -> None:
+    class Broken:
+        name = "broken"
+
+        def load(self, verbose: bool) -> None:
+            raise AttributeError("ds_opt_adam")
+
+    builder: Any = Broken()
+    assert build_obstacle(builder) == "ds_opt_adam"
+
+
+def without_compiler(raw: dict[str, Any], steps: int, folder: str) -> Trace | None:
+    """Train where no C++ compiler works and nothing is compiled yet."""
+    before = dict(os.environ)
+    loaded = OpBuilder._loaded_ops.pop("cpu_adam", None)
+    os.environ |= {"TORCH_EXTENSIONS_DIR": folder, "CXX": "/no/such/compiler"}
+    try:
+        return record_raw(raw, steps)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        if loaded is not None:
+            OpBuilder._loaded_ops["cpu_adam"] = loaded
+
+
+@pytest.mark.ranks
+def test_where_nothing_compiles_torchs_adam_steps_in(
+    ranks: RankPool, corpus: str, out: Path, tmp_path: Path
+) -> None:
+    from pretrain.parity import compare
+
+    raw = tiny(corpus, out, deepspeed="zero2_cpu_offload.json")
+    plain = ranks.run(record_raw, 2, tiny(corpus, out, deepspeed="zero2.json"), 3)[0]
+    fallen_back = ranks.run(without_compiler, 2, raw, 3, str(tmp_path / "empty"), timeout_s=WAIT_S)[0]
+    assert compare(fallen_back, plain).weights < 1e-5
+
+
+@pytest.mark.ranks
+def test_where_collectives_do_not_compile_the_package_is_named(
+    ranks: RankPool, corpus: str, out: Path, tmp_path: Path
+) -> None:
+    raw = tiny(corpus, out)
+    with pytest.raises(RankError, match=r"do not compile here.*apt-get install g\+\+"):
+        ranks.run(first_join_without_compiler, 1, raw, str(tmp_path / "empty"), timeout_s=WAIT_S)
+
+
+def first_join_without_compiler(raw: dict[str, Any], folder: str) -> None:
+    loaded = OpBuilder._loaded_ops.pop("deepspeed_shm_comm", None)
+    try:
+        without_compiler(raw, 1, folder)
+    finally:
+        if loaded is not None:
+            OpBuilder._loaded_ops["deepspeed_shm_comm"] = loaded
+
+
+def test_offload_to_nvme_without_libaio_names_the_package(
+    corpus: str, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "libaio_is_there", lambda: False)
+    run = checked(tiny(corpus, out, deepspeed="zero3_nvme_offload.json", nvme_path=str(tmp_path)), 1)
+    (fault,) = preflight.faults(run)
+    assert "apt-get install libaio-dev" in fault and "device=cpu" in fault
