@@ -132,13 +132,13 @@ def faults(folder: Path, *, share: int = 0, shares: int = 1) -> Iterator[str]:
     try:
         listed = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
     except (OSError, ValueError, KeyError):
-        yield f"{folder}: no readable {MANIFEST}"
+        yield f"no readable {MANIFEST}"
         return
     for item in listed[share::shares]:
         path = folder / item["path"]
         if not path.is_file():
-            yield f"{path}: missing"
+            yield f"{item['path']}: missing"
         elif (size := path.stat().st_size) != item["bytes"]:
-            yield f"{path}: {size} bytes instead of {item['bytes']}"
+            yield f"{item['path']}: {size} bytes instead of {item['bytes']}"
         elif record(folder, path).xxh3 != item["xxh3"]:
-            yield f"{path}: its content changed since it was written"
+            yield f"{item['path']}: its content changed since it was written"
