@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -22,11 +23,17 @@ from launch.env import rank_environment
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 RANK_MARK = "--local_rank="  # the launcher puts it on every rank's command line
 LAST_WORDS_S = 5.0
+WATCH_S = 0.25  # the launcher looks once a second whether a rank has ended, and forgets how
+EXIT_STATUS_FIELD = 52  # of /proc/PID/stat, see proc(5)
 
 
 def run_ranks(module: str, arguments: Sequence[str], *, num_ranks: int) -> int:
     """Run ``python -m module arguments`` on ``num_ranks`` ranks; returns the launcher's exit code."""
-    return LocalLaunch(launcher_command(module, arguments, num_ranks=num_ranks), num_ranks).wait()
+    launch = LocalLaunch(launcher_command(module, arguments, num_ranks=num_ranks), num_ranks)
+    code = launch.wait()
+    if launch.killed is not None:
+        print(launch.killed, file=sys.stderr)
+    return code
 
 
 def launcher_command(
@@ -54,7 +61,10 @@ class LocalLaunch:
     """A launcher process and all that it starts."""
 
     def __init__(self, command: Sequence[str], num_ranks: int):
+        self.killed: str | None = None  # which rank a signal ended, if one did
         self._signals = 0
+        self._watched: dict[int, str] = {}  # process number to rank
+        self._num_ranks = num_ranks
         environment = rank_environment(num_ranks)
         self._process = subprocess.Popen(command, env=environment, start_new_session=True)
 
@@ -62,11 +72,28 @@ class LocalLaunch:
         """Wait for the end, passing signals on."""
         before = {number: signal.signal(number, self._forward) for number in FORWARDED}
         try:
-            return self._process.wait()
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return self._process.wait(WATCH_S)
+                self._watch()
         finally:
             self._end_session()
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _watch(self) -> None:
+        """Notice the first rank that a signal ends: the others only tell that somebody is gone."""
+        if len(self._watched) < self._num_ranks:
+            self._watched = {rank.pid: number for rank in self._ranks() if (number := _rank_number(rank))}
+        for pid, rank in self._watched.items():
+            ended_by = _ending_signal(pid)
+            if self.killed is None and self._signals == 0 and ended_by is not None:
+                name = signal.Signals(ended_by).name
+                self.killed = f"a rank was killed ({name}): rank {rank}"
+                if ended_by == signal.SIGKILL:
+                    self.killed += (
+                        ", often by the system for want of memory (see dmesg); the last checkpoint stands"
+                    )
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         self._signals += 1
@@ -96,6 +123,24 @@ class LocalLaunch:
             while _signal_group(self._process.pid, 0) and time.monotonic() < deadline_s:
                 self._process.poll()
                 time.sleep(0.05)
+
+
+def _rank_number(process: psutil.Process) -> str | None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for word in process.cmdline():
+            if word.startswith(RANK_MARK):
+                return word.removeprefix(RANK_MARK)
+    return None
+
+
+def _ending_signal(pid: int) -> int | None:
+    """The signal that ended a process whose parent has not asked yet; None while it lives, or without /proc."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    status = int(fields[EXIT_STATUS_FIELD - 3])  # the name and what precedes it are cut off
+    return status & 0x7F if fields[0] == "Z" and status & 0x7F else None
 
 
 def _signal_group(group: int, number: int) -> bool:

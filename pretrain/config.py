@@ -7,7 +7,7 @@ Defaults are those of a careful user: clipping on, fp32 accumulation, a stop on 
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_tools.config import DataConfig
 from model_providers.config import ModelConfig
@@ -209,17 +209,19 @@ class RunConfig(Facts):
     nvme_path: str | None = Field(None, description="folder on a local NVMe disk, for offload to nvme")
     deepspeed: str = Field("zero1.json", description="DeepSpeed JSON: a path, or a file of ds_configs/")
 
-    @field_validator("precision", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _dtype_alone(cls, value: object) -> object:
-        return {"dtype": value} if isinstance(value, str) else value
+    def _spell_out(cls, raw: object) -> object:
+        return spelled_out(raw) if isinstance(raw, dict) else raw
 
-    @field_validator("recompute", mode="before")
-    @classmethod
-    def _mode_alone(cls, value: object) -> object:
-        return {"mode": value} if isinstance(value, str) else value
 
-    @field_validator("schedule", mode="before")
-    @classmethod
-    def _kind_alone(cls, value: object) -> object:
-        return {"kind": value} if isinstance(value, str) else value
+# `precision: bf16` means `precision: {dtype: bf16}`, and so on.
+SHORT_FOR = {"model": "preset", "precision": "dtype", "recompute": "mode", "schedule": "kind"}
+
+
+def spelled_out(raw: dict[str, Any]) -> dict[str, Any]:
+    """A run file's values with every section as a section."""
+    return {
+        key: {SHORT_FOR[key]: value} if key in SHORT_FOR and isinstance(value, str) else value
+        for key, value in raw.items()
+    }

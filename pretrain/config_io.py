@@ -23,9 +23,9 @@ from model_providers.errors import ModelError
 from model_providers.layout import Layout
 from model_providers.presets import get_preset
 from pretrain import config_rules, ds_config
-from pretrain.config import RunConfig
+from pretrain.config import RunConfig, spelled_out
 from pretrain.errors import RunError
-from pretrain.nested import leaves, put
+from pretrain.nested import NoSection, leaves, put
 from pretrain.run_file import parse_words, plain, read_yaml
 
 SHARD_ALIGNMENT = 1024  # elements; DeepSpeed pads shards to whole blocks of asynchronous I/O
@@ -86,7 +86,13 @@ def load_run(
     raw = read_yaml(path)
     origins = {key: path.name for key, _ in leaves(raw)}
     for key, value in parse_words(words):
-        put(raw, key, value)
+        raw = spelled_out(raw)
+        try:
+            put(raw, key, value)
+        except NoSection as section:
+            raise RunError(
+                f"{key}={value}: {section} is one value and has no parts; set {section} itself"
+            ) from None
         origins = {k: v for k, v in origins.items() if not k.startswith(f"{key}.")} | {key: "command line"}
     if deepspeed_config is not None:
         raw["deepspeed"] = deepspeed_config
@@ -102,6 +108,7 @@ def make_run(
     origins: Mapping[str, str] | None = None,
 ) -> Run:
     """A checked `Run` from a plain nested dict."""
+    raw = spelled_out(raw)
     json_path = find_deepspeed_json(str(raw.get("deepspeed", RunConfig.model_fields["deepspeed"].default)))
     document = ds_config.read_json(json_path)
     reading = ds_config.bring_together(document, raw, json_name=json_path.name, run_name=run_name)
@@ -137,8 +144,6 @@ def find_deepspeed_json(name: str) -> Path:
 
 def _expand_preset(raw: dict[str, Any], origins: dict[str, str]) -> None:
     model = raw.get("model")
-    if isinstance(model, str):
-        model = {"preset": model}
     if not isinstance(model, dict) or "preset" not in model:
         return
     stated = {key: value for key, value in model.items() if key != "preset"}

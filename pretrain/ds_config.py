@@ -177,9 +177,6 @@ def _show(value: Any) -> str:
 
 
 def _read_dtype(reading: Reading, *, json_name: str, run_name: str) -> None:
-    precision = reading.run.get("precision")
-    if isinstance(precision, str):
-        reading.run["precision"] = {"dtype": precision}
     stated = {
         name: get(reading.document, f"{section}.enabled")
         for name, section in (("bf16", "bf16"), ("bf16", "bfloat16"), ("fp16", "fp16"))

@@ -4,6 +4,10 @@ from collections.abc import Iterable
 from typing import Any
 
 
+class NoSection(Exception):
+    """A dotted path leads through a single value; the text is where that stands."""
+
+
 def get(document: dict[str, Any], path: str) -> Any:
     """The value under a dotted path, or None."""
     for word in path.split("."):
@@ -16,8 +20,12 @@ def get(document: dict[str, Any], path: str) -> Any:
 def put(document: dict[str, Any], path: str, value: Any) -> None:
     """Set the value under a dotted path, making sections on the way."""
     *sections, last = path.split(".")
-    for word in sections:
-        document = document.setdefault(word, {})
+    for depth, word in enumerate(sections, 1):
+        if document.get(word) is None:
+            document[word] = {}
+        document = document[word]
+        if not isinstance(document, dict):
+            raise NoSection(".".join(sections[:depth]))
     document[last] = value
 
 

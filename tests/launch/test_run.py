@@ -88,15 +88,7 @@ def test_a_run_trains_resumes_and_speaks(run_file: Path, tmp_path: Path) -> None
 @pytest.mark.timeout(LAUNCH_S)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_in_order(run_file: Path, tmp_path: Path, number: int) -> None:
-    command = [sys.executable, "-m", "launch", "run", str(run_file), "--ranks", "2", "train.steps=100000"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
-    )
-    metrics = tmp_path / "out" / "tiny" / "metrics.jsonl"
-    deadline_s = time.monotonic() + LAUNCH_S / 2
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
-        assert process.poll() is None and time.monotonic() < deadline_s, process.communicate()[0]
-        time.sleep(0.2)
+    process, metrics = start(run_file, "train.steps=100000")
     process.send_signal(number)
     output = process.communicate(timeout=LAUNCH_S / 2)[0]
     assert process.returncode == 0, output
@@ -148,3 +140,53 @@ def test_help_lists_the_commands_without_torch(words: list[str]) -> None:
 def test_an_unknown_command_names_those_there_are() -> None:
     refused = megaloom("trian")
     assert refused.returncode == 2 and "no command 'trian'; there are: prepare" in refused.stderr
+
+
+def start(run_file: Path, *words: str) -> tuple[subprocess.Popen[str], Path]:
+    """A run on two ranks that has taken its first steps, and its metrics."""
+    command = [sys.executable, "-m", "launch", "run", str(run_file), "--ranks", "2", *words]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
+    )
+    metrics = run_file.parent / "out" / "tiny" / "metrics.jsonl"
+    deadline_s = time.monotonic() + LAUNCH_S / 2
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
+        assert process.poll() is None and time.monotonic() < deadline_s, process.communicate()[0]
+        time.sleep(0.2)
+    return process, metrics
+
+
+@pytest.mark.ranks
+@pytest.mark.timeout(LAUNCH_S)
+def test_a_killed_rank_ends_the_run_with_the_reason_and_leaves_nothing(run_file: Path) -> None:
+    process, _ = start(run_file, "train.steps=100000")
+    ranks = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if any(word.startswith("--local_rank=") for word in child.cmdline())
+    ]
+    assert len(ranks) == 2
+    ranks[1].kill()
+    started_s = time.monotonic()
+    output = process.communicate(timeout=LAUNCH_S / 2)[0]
+    assert time.monotonic() - started_s < 20
+    assert process.returncode not in (0, None)
+    assert "a rank was killed (SIGKILL)" in output.splitlines()[-1]
+    assert "memory" in output.splitlines()[-1]
+
+
+@pytest.mark.ranks
+@pytest.mark.timeout(LAUNCH_S)
+def test_a_number_that_is_not_finite_ends_the_run_in_one_line(run_file: Path) -> None:
+    ended = megaloom(
+        "run",
+        str(run_file),
+        "--ranks",
+        "2",
+        "optimizer.lr=1e30",
+        "schedule=constant",
+        "schedule.warmup_steps=0",
+    )
+    assert ended.returncode == 2, ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.count("gradient norm") == 1 and "the last checkpoint stands" in ended.stderr

@@ -125,3 +125,28 @@ def test_the_vocabulary_comes_from_the_corpus(corpus: str, out: Path) -> None:
     run = checked(raw, 1)
     assert run.config.model.vocab_size == 257
     assert origin(run, "model.vocab_size").startswith("tokenizer of")
+
+
+@pytest.mark.parametrize("section", ["precision", "recompute", "schedule", "model"])
+def test_a_section_in_one_word_still_has_parts(corpus: str, out: Path, tmp_path: Path, section: str) -> None:
+    short = {"precision": "bf16", "recompute": "full", "schedule": "constant", "model": "tiny"}[section]
+    part = {
+        "precision": "accumulate=bf16",
+        "recompute": "every=2",
+        "schedule": "warmup_steps=3",
+        "model": "vocab_size=300",
+    }[section]
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**tiny(corpus, out), section: short}))
+    run = load_run(path, [f"{section}.{part}"], world_size=1)
+    key, _, value = part.partition("=")
+    assert str(getattr(getattr(run.config, section), key)) == value
+    again = load_run(path, [f"{section}={short}", f"{section}.{part}"], world_size=1)
+    assert again.config == run.config
+
+
+def test_a_single_value_has_no_parts(corpus: str, out: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tiny(corpus, out)))
+    with pytest.raises(RunError, match=r"train\.steps\.x=1: train\.steps is one value and has no parts"):
+        load_run(path, ["train.steps.x=1"], world_size=1)
