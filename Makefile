@@ -26,7 +26,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 demo: $(VENV)/.installed  ## from Python's standard library to a trained GPT, in minutes
-	$(BIN)/megaloom tokenizer stdlib --vocab-size 4096 --out $(DEMO)/tokenizer.json
+	$(BIN)/megaloom tokenizer stdlib --vocab-size 1024 --out $(DEMO)/tokenizer.json
 	$(BIN)/megaloom prepare stdlib --tokenizer $(DEMO)/tokenizer.json --out $(DEMO)/stdlib
 	@rm -rf $(DEMO)/gpt
 	$(BIN)/megaloom run pretrain/runs/demo.yaml --ranks $(RANKS)

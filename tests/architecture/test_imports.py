@@ -180,3 +180,10 @@ def test_every_family_of_a_run_file_has_a_plan_and_a_program() -> None:
     families = get_args(RunConfig.model_fields["family"].annotation)
     assert set(PLAN_BUILDERS) == set(families)
     assert all(hasattr(importlib.import_module(f"pretrain.{family}"), "main") for family in families)
+
+
+def test_a_rank_imports_nothing_that_a_run_does_not_need() -> None:
+    unneeded = ("transformers", "datasets", "matplotlib", "pandas", "pyarrow", "scipy", "IPython", "typer")
+    code = f"import pretrain.gpt, sys; print([name for name in {unneeded} if name in sys.modules])"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.splitlines()[-1] == "[]"

@@ -75,7 +75,7 @@ def test_the_demo_is_small_and_modern() -> None:
     demo = get_preset("demo")
     assert 5e6 <= parameters(demo) <= 10e6
     assert (demo.normalization, demo.position_embedding, demo.activation) == ("rmsnorm", "rotary", "swiglu")
-    assert demo.kv_heads < demo.num_attention_heads and demo.vocab_size in (4096, 8192)
+    assert demo.kv_heads < demo.num_attention_heads and demo.vocab_size == 1024
 
 
 def test_an_unknown_preset_suggests_the_nearest() -> None:
