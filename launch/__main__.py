@@ -6,6 +6,7 @@ a login node without torch.  A user's mistake ends in one line on stderr and exi
 
 import importlib
 import sys
+import warnings
 from dataclasses import dataclass
 
 from data_tools.errors import DataError
@@ -54,6 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
         sys.exit(_complain(f"no command {name!r}; there are: {', '.join(COMMANDS)}"))
+    # What megatron-core says of optional packages, once per import; ours are in `kernels.py`.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     try:
         importlib.import_module(COMMANDS[name].module).main(rest)
     except (DataError, ModelError, RunError) as mistake:
