@@ -18,7 +18,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     needed = any(item.get_closest_marker("ranks") for item in session.items)
     if needed and not session.config.option.collectonly:
         code = "from tests.conftest import compile_kernels; compile_kernels()"
-        subprocess.run([sys.executable, "-c", code], env={**os.environ, **CPU_ONLY_ENVIRONMENT}, check=True)
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code],
+            env={**os.environ, **CPU_ONLY_ENVIRONMENT},
+            check=True,
+        )
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ the test run.
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import multiprocessing
 import os
 import signal
@@ -22,9 +23,11 @@ import traceback
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 SIZE = 4
+MAX_THREADS = 300  # of a rank that some objects kept alive; then fresh processes are cheaper
 STACKS_SIGNAL = signal.SIGUSR2
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -49,7 +52,14 @@ class RankPool:
             store = os.path.join(folder, "store")
             for rank in range(world_size):
                 self.workers[rank][1].send((task, args, rank, world_size, store))
-            return self._collect(world_size, time.monotonic() + timeout_s)
+            results = self._collect(world_size, time.monotonic() + timeout_s)
+        if self._num_threads() > MAX_THREADS:
+            self.close()
+        return results
+
+    def _num_threads(self) -> int:
+        tasks = Path(f"/proc/{self.workers[0][0].pid}/task")
+        return len(list(tasks.iterdir())) if tasks.exists() else 0
 
     def close(self) -> None:
         """End the processes that this pool started, and no others."""
@@ -178,12 +188,29 @@ class _Baseline:
     def restore(self) -> None:
         import torch
 
+        groups = set(torch.distributed.distributed_c10d._world.pg_map)
         torch.distributed.destroy_process_group()
+        forget(groups)
+        groups.clear()
+        gc.collect()
         torch.set_default_dtype(torch.float32)
         self.module_count[0] = 0
         for module, values in self.saved.items():
             for name, value in values.items():
                 setattr(module, name, type(value)(value) if isinstance(value, dict | list | set) else value)
+
+
+def forget(groups: set[Any]) -> None:
+    """Take groups that are no more from every object that has one.
+
+    Hooks on autograd's nodes keep engines and modules alive where Python's collector cannot see, and a group that is
+    not collected keeps three threads: after some hundred tasks they would eat the machine.
+    """
+    for holder in gc.get_referrers(*groups):
+        attributes = holder if isinstance(holder, dict) else getattr(holder, "__dict__", {})
+        if "__spec__" not in attributes:  # a module's own are put back by name
+            for key in [key for key, value in attributes.items() if any(value is group for group in groups)]:
+                del attributes[key]
 
 
 def _plain_globals(module: Any) -> dict[str, Any]:

@@ -51,14 +51,15 @@ def building_alone() -> Iterator[None]:
 
 
 def clear_stale_build_locks() -> list[Path]:
-    """Remove torch's locks that no process of this machine works on; returns them."""
+    """Wait for torch's locks of builds that still go on, and remove those that nobody works on; returns the latter."""
     stale = []
     for lock in extensions_root().glob("**/lock"):
-        while lock.exists() and _age_s(lock) < YOUNG_S:
-            time.sleep(0.1)
-        if lock.exists() and not _is_worked_in(lock.parent):
-            lock.unlink(missing_ok=True)
-            stale.append(lock)
+        while lock.exists():
+            if _age_s(lock) > YOUNG_S and not _is_worked_in(lock.parent):
+                lock.unlink(missing_ok=True)
+                stale.append(lock)
+            else:
+                time.sleep(0.1)
     return stale
 
 

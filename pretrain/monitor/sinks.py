@@ -131,7 +131,7 @@ def speed(values: dict[str, float]) -> str:
         return f"MFU {values['mfu']:.1%}"
     number = short(values["tflops_per_s_per_device"] * 1e12)
     digits = number.rstrip("kMGTP")
-    return f"{digits} {number.removeprefix(digits)}FLOP/s"
+    return f"{digits} {number.removeprefix(digits)}FLOP/s per rank"
 
 
 def short(value: float) -> str:

@@ -87,7 +87,7 @@ def test_a_console_that_is_no_terminal_gets_a_line_per_evaluation_and_at_the_end
     sink.close()
     assert out.getvalue().splitlines() == [
         "step 0/4  valid loss 8.3000",
-        "step 4/4  loss 1.2500  lr 1.00e-03  norm 0.50  12.3k tokens/s  70 GFLOP/s  ETA 0s  valid loss 1.5000",
+        "step 4/4  loss 1.2500  lr 1.00e-03  norm 0.50  12.3k tokens/s  70 GFLOP/s per rank  ETA 0s  valid loss 1.5000",
     ]
 
 
