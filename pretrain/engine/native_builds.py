@@ -45,9 +45,23 @@ def build_obstacle(builder: OpBuilder, *, tell: bool = False) -> str | None:
 def building_alone() -> Iterator[None]:
     """No other process of ours compiles meanwhile, and no left-over lock is in the way."""
     extensions_root().mkdir(parents=True, exist_ok=True)
-    with FileLock(extensions_root() / OURS):
+    with FileLock(extensions_root() / OURS), _this_environments_ninja():
         clear_stale_build_locks()
         yield
+
+
+@contextlib.contextmanager
+def _this_environments_ninja() -> Iterator[None]:
+    """Ninja from beside this Python, whether or not the environment was activated.
+
+    Two versions of ninja hash commands differently, so with another one in between everything is built anew.
+    """
+    before = os.environ.get("PATH", os.defpath)
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{before}"
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
 
 
 def clear_stale_build_locks() -> list[Path]:

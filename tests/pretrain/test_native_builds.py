@@ -1,6 +1,7 @@
 """Kernels compiled at first use: no dead lock is waited for, and a failure says what the compiler said."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -58,6 +59,15 @@ def test_compilers_that_outlive_their_builder_are_waited_for(extensions: Path) -
     threading.Thread(target=compiler.wait).start()
     with building_alone():
         assert not compiler.is_running() and not lock.exists()
+
+
+def test_ninja_is_the_one_beside_this_python_without_activation(
+    extensions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    with building_alone():
+        assert shutil.which("ninja") == str(Path(sys.executable).with_name("ninja"))
+    assert os.environ["PATH"] == "/usr/bin:/bin"
 
 
 def test_a_killed_builder_blocks_nobody(extensions: Path) -> None:
