@@ -54,13 +54,13 @@ def main(argv: list[str] | None = None) -> None:
         return
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
-        sys.exit(_complain(f"no command {name!r}; there are: {', '.join(COMMANDS)}"))
+        sys.exit(_complain(f": no command {name!r}; there are: {', '.join(COMMANDS)}"))
     # What megatron-core says of optional packages, once per import; ours are in `kernels.py`.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     try:
         importlib.import_module(COMMANDS[name].module).main(rest)
     except (DataError, ModelError, RunError) as mistake:
-        sys.exit(_complain(f"{name}: {mistake}"))
+        sys.exit(_complain(f" {name}: {mistake}"))
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -72,7 +72,7 @@ def _help() -> str:
 
 
 def _complain(text: str) -> int:
-    print(f"megaloom {text}", file=sys.stderr)
+    print(f"megaloom{text}", file=sys.stderr)
     return USAGE_EXIT_CODE
 
 

@@ -23,6 +23,10 @@ def main(argv: list[str]) -> None:
     if words.dry_run:
         print(shlex.join(launcher_command(program, arguments, num_ranks=num_ranks, port=29500)))
         return
+    print(
+        f"starting {num_ranks} {'rank' if num_ranks == 1 else 'ranks'}: the libraries take their time",
+        flush=True,
+    )
     sys.exit(run_ranks(program, arguments, num_ranks=num_ranks))
 
 

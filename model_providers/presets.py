@@ -82,8 +82,8 @@ PRESETS: Mapping[str, ModelConfig] = {
     "demo": ModelConfig(
         num_layers=4,
         hidden_size=320,
-        num_attention_heads=10,
-        num_kv_heads=5,
+        num_attention_heads=8,
+        num_kv_heads=4,
         vocab_size=1024,
         max_sequence_length=512,
         init_std=0.05,

@@ -221,7 +221,10 @@ SHORT_FOR = {"model": "preset", "precision": "dtype", "recompute": "mode", "sche
 
 def spelled_out(raw: dict[str, Any]) -> dict[str, Any]:
     """A run file's values with every section as a section."""
-    return {
+    spelled = {
         key: {SHORT_FOR[key]: value} if key in SHORT_FOR and isinstance(value, str) else value
         for key, value in raw.items()
     }
+    if isinstance(spelled.get("schedule"), dict):
+        spelled["schedule"] = {"kind": "cosine", **spelled["schedule"]}
+    return spelled

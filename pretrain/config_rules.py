@@ -4,13 +4,17 @@
 """
 
 import math
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_tools.errors import DataError
+from data_tools.indexed import IndexedReader
 from model_providers.layout import Layout, layout_problems
+from pretrain.checkpoint import store
 from pretrain.config import BatchConfig, RunConfig
 from pretrain.ds_config import optimizer_is_offloaded
 from pretrain.nested import get
@@ -54,7 +58,7 @@ def sizes(config: RunConfig, world_size: int, found: list[str]) -> tuple[Layout 
 def faults(run: "Run") -> list[str]:
     """Everything that is wrong with a run, in the order of the rules."""
     cut = layout_problems(run.config.model, run.layout, run.config.data.sequence_length)
-    found = [f"layout and model: {sentence}" for sentence in cut]
+    found = [f"layout.{sentence}" if sentence.startswith("tp=") else f"data.{sentence}" for sentence in cut]
     return found + [sentence for rule in RULES if (sentence := rule(run)) is not None]
 
 
@@ -232,6 +236,31 @@ def resume_folder_exists(run: "Run") -> str | None:
     return None
 
 
+def weights_folder_holds_a_checkpoint(run: "Run") -> str | None:
+    source = run.config.checkpoint.weights_from
+    if source is not None and store.checkpoint_in(Path(source)) is None:
+        return f"checkpoint.weights_from={source}: {store.NO_CHECKPOINT}"
+    return None
+
+
+def output_folder_can_be_made(run: "Run") -> str | None:
+    there = next(folder for folder in (run.folder, *run.folder.absolute().parents) if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return None
+    except OSError as fault:
+        return f"out={run.config.out}: nothing can be written in {there} ({fault.strerror}); choose another folder"
+
+
+def corpora_are_whole(run: "Run") -> str | None:
+    try:
+        for corpus in run.config.data.train:
+            IndexedReader(corpus.path)
+    except DataError as fault:
+        return f"data.train: {fault}"
+    return None
+
+
 RULES: tuple[Rule, ...] = (
     sequence_parallel_needs_tp,
     explicit_partition_is_sound,
@@ -245,6 +274,9 @@ RULES: tuple[Rule, ...] = (
     nvme_buffers_hold_the_largest_parameter,
     partitioned_messages_need_whole_activations,
     resume_folder_exists,
+    weights_folder_holds_a_checkpoint,
+    output_folder_can_be_made,
+    corpora_are_whole,
     *OPTIMIZER_RULES,
 )
 

@@ -85,6 +85,9 @@ def bring_together(
     """Check the JSON's keys and move what only it states into the run (both as plain nested dicts)."""
     reading = Reading(copy.deepcopy(document), copy.deepcopy(run))
     reading.faults += [f"{json_name}: {fault}" for fault in key_faults(document)]
+    stage = get(document, "zero_optimization.stage")
+    if stage not in (None, 0, 1, 2, 3):
+        reading.faults.append(f"{json_name}: zero_optimization.stage={_show(stage)}: must be 0, 1, 2 or 3")
     if reading.faults:
         return reading
     for pair in PAIRS:
@@ -124,8 +127,11 @@ def complete(document: dict[str, Any], facts: "Facts") -> dict[str, Any]:
         full.pop("scheduler", None)
     leftover = sorted(key for key, value in leaves(full) if value == AUTO)
     if leftover:
+        way_out = "write the value"
+        if all(key.endswith("nvme_path") for key in leftover):
+            way_out = "set nvme_path=/a/folder/on/a/local/disk"
         raise RunError(
-            f'{", ".join(leftover)}: nothing in the run file says what "auto" means here; write the value'
+            f'{", ".join(leftover)}: nothing in the run file says what "auto" means here; {way_out}'
         )
     return full
 

@@ -84,9 +84,7 @@ def choose(logits: torch.Tensor, sampling: Sampling, random: torch.Generator) ->
 
 def load_generator(path: Path, device: torch.device) -> Generator:
     """From a checkpoint's folder, or a run's folder, of which it takes the latest."""
-    folder = store.checkpoint_in(path)
-    if folder is None:
-        raise RunError(f"checkpoint={path}: {store.NO_CHECKPOINT}")
+    folder = whole_checkpoint(path)
     config = RunConfig(**read_yaml(folder / CONFIG))
     layout = Layout(tp=1, pp=1, dp=1)
     plan = PLAN_BUILDERS[config.family](
@@ -103,6 +101,19 @@ def load_generator(path: Path, device: torch.device) -> Generator:
     layers = [layer.module for layer in build_layers(root, plan.layers, plan.ties, [loader])]
     root.eval()
     return Generator(layers, config.model, load_tokenizer(str(folder / TOKENIZER)), device)
+
+
+def whole_checkpoint(path: Path) -> Path:
+    """The checkpoint that ``path`` means; of a run's, the newest whose weights are whole."""
+    newest = store.checkpoint_in(path)
+    if newest is None:
+        raise RunError(f"checkpoint={path}: {store.NO_CHECKPOINT}")
+    for folder in [newest] if newest == path else store.checkpoints(newest.parent):
+        faults = [fault for fault in store.faults(folder) if not fault.startswith(f"{store.ENGINE}/")]
+        if not faults:
+            return folder
+        print(f"{folder} is damaged ({faults[0]}); passed over", file=sys.stderr)
+    raise RunError(f"checkpoint={path}: damaged, and there is no whole one beside it; see above")
 
 
 def main(argv: list[str] | None = None) -> None:

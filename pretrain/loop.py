@@ -54,13 +54,13 @@ class Loop:
                 record = self._one_step(step, metrics, guard, started_s)
                 done = step + 1
                 is_last, asked = done == run.config.train.steps, stop.asked(engine.groups)
-                if is_last or asked or due(done, run.config.train.eval_every):
+                if is_last or due(done, run.config.train.eval_every):
                     record.losses_by_set = self.evaluate()
                 self._tell(record, always=is_last or asked)
                 if is_last or asked or due(done, run.config.checkpoint.every):
                     self.save(done)
                 if asked and not is_last:
-                    log.info("%s: saved step %d and stopping", stop.received or "a rank was signalled", done)
+                    log.info("saved step %d; stopping, as asked", done)
                     return Outcome.SIGNALLED
         return Outcome.DONE
 

@@ -57,7 +57,19 @@ def plain(error: ValidationError) -> Iterable[str]:
         else:
             message = item["msg"].removeprefix("Value error, ")
             message = message[0].lower() + message[1:] if not message[:2].isupper() else message
-            yield f"{key}={item['input']!r}: {message}" if place else message
+            if isinstance(item["input"], dict):  # a section's own rules name the values that they speak of
+                yield f"{key}: {IN_PLAIN_WORDS.get(item['type'], message)}"
+            else:
+                value = "null" if item["input"] is None else repr(item["input"])
+                yield f"{key}={value}: {IN_PLAIN_WORDS.get(item['type'], message)}" if place else message
+
+
+IN_PLAIN_WORDS = {
+    "model_type": "must be a section of keys and values",
+    "dict_type": "must be a section of keys and values",
+    "string_pattern_mismatch": "may hold letters, digits, dots, underscores and hyphens only",
+    "union_tag_invalid": "kind must be constant, cosine, linear, wsd, inverse_square_root or power",
+}
 
 
 def _is_union_tag(part: object) -> bool:

@@ -6,6 +6,7 @@ with its holder, so a file that is found then, with nobody at work beside it, is
 """
 
 import contextlib
+import hashlib
 import os
 import re
 import sys
@@ -20,6 +21,7 @@ from torch.utils.cpp_extension import get_default_build_root
 
 from pretrain.engine.quiet import without_stdout
 
+EXTENSIONS = "TORCH_EXTENSIONS_DIR"  # torch's own variable
 OURS = ".megaloom-builds.lock"
 COMPILERS_WORDS = re.compile(r"\berror: |: not found|No such file|cannot find|is required")
 YOUNG_S = 5.0  # another program may have taken its lock just now, and not started its compiler yet
@@ -45,23 +47,30 @@ def build_obstacle(builder: OpBuilder, *, tell: bool = False) -> str | None:
 def building_alone() -> Iterator[None]:
     """No other process of ours compiles meanwhile, and no left-over lock is in the way."""
     extensions_root().mkdir(parents=True, exist_ok=True)
-    with FileLock(extensions_root() / OURS), _this_environments_ninja():
+    with FileLock(extensions_root() / OURS), _own_environment():
         clear_stale_build_locks()
         yield
 
 
 @contextlib.contextmanager
-def _this_environments_ninja() -> Iterator[None]:
-    """Ninja from beside this Python, whether or not the environment was activated.
+def _own_environment() -> Iterator[None]:
+    """Ninja from beside this Python, and a folder of this environment's own.
 
-    Two versions of ninja hash commands differently, so with another one in between everything is built anew.
+    Two versions of ninja hash commands differently, and two environments have different headers: with one folder
+    for all, whoever comes next builds everything anew.
     """
-    before = os.environ.get("PATH", os.defpath)
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{before}"
+    before = {name: os.environ.get(name) for name in ("PATH", EXTENSIONS)}
+    path = before["PATH"] or os.defpath
+    ours = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{path}", EXTENSIONS: str(extensions_root())}
+    os.environ.update(ours)
     try:
         yield
     finally:
-        os.environ["PATH"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def clear_stale_build_locks() -> list[Path]:
@@ -78,8 +87,12 @@ def clear_stale_build_locks() -> list[Path]:
 
 
 def extensions_root() -> Path:
-    """Where torch keeps what it compiled."""
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    """Where the kernels of this Python environment are kept: TORCH_EXTENSIONS_DIR, or a folder beside torch's own."""
+    stated = os.environ.get(EXTENSIONS)
+    if stated:
+        return Path(stated)
+    environment = hashlib.sha256(f"{sys.prefix} {sys.version}".encode()).hexdigest()[:12]
+    return Path(get_default_build_root()) / f"megaloom-{environment}"
 
 
 def is_built(builder: OpBuilder) -> bool:

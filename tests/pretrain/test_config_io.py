@@ -46,7 +46,10 @@ def test_words_go_before_the_file_and_the_file_before_the_preset(
             {"schedule": {"kind": "cosine", "warmup": 1}},
             r"schedule\.warmup: no such key; did you mean 'warmup_steps'\?",
         ),
-        ({"schedule": {"kind": "cosin"}}, r"schedule.*cosin"),
+        ({"schedule": {"kind": "cosin"}}, r"schedule: kind must be constant, cosine, linear, wsd"),
+        ({"data": 5}, r"data=5: must be a section of keys and values"),
+        ({"batch": None}, r"batch=null: must be a section of keys and values"),
+        ({"name": "a/b"}, r"name='a/b': may hold letters, digits"),
         ({"train__steps": "many"}, r"train\.steps='many': input should be a valid integer"),
         ({"train__steps": 0}, r"train\.steps=0: input should be greater than or equal to 1"),
         ({"precision": "fp8"}, r"precision\.dtype='fp8': input should be 'fp32', 'bf16' or 'fp16'"),
@@ -143,6 +146,17 @@ def test_a_section_in_one_word_still_has_parts(corpus: str, out: Path, tmp_path:
     assert str(getattr(getattr(run.config, section), key)) == value
     again = load_run(path, [f"{section}={short}", f"{section}.{part}"], world_size=1)
     assert again.config == run.config
+
+
+def test_one_value_of_the_default_schedule_can_be_set_alone(corpus: str, out: Path) -> None:
+    schedule = checked(tiny(corpus, out, schedule={"warmup_steps": 5}), 1).config.schedule
+    assert schedule is not None and (schedule.kind, schedule.warmup_steps) == ("cosine", 5)
+
+
+def test_a_models_faults_come_without_the_model(corpus: str, out: Path) -> None:
+    with pytest.raises(RunError) as told:
+        checked(tiny(corpus, out, model__num_attention_heads=7), 1)
+    assert "num_attention_heads=7: does not divide" in str(told.value) and "{" not in str(told.value)
 
 
 def test_a_single_value_has_no_parts(corpus: str, out: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from pretrain import config_rules
 from pretrain.config_rules import device_faults
 from pretrain.errors import RunError
-from tests.runs import checked, tiny
+from tests.runs import checked, make_corpus, tiny
 
 STAGE_1_OFFLOAD = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
 
@@ -169,6 +169,20 @@ CASES: tuple[tuple[str, int, dict[str, Any], dict[str, Any] | None, str], ...] =
         None,
         r"checkpoint\.resume=/no/such/checkpoint: no such folder",
     ),
+    (
+        "weights_folder_holds_a_checkpoint",
+        1,
+        {"checkpoint__weights_from": "/no/such/run"},
+        None,
+        r"checkpoint\.weights_from=/no/such/run: no checkpoint there; give a run's folder",
+    ),
+    (
+        "output_folder_can_be_made",
+        1,
+        {"out": "/proc/there"},
+        None,
+        r"out=/proc/there: nothing can be written in /proc .*choose another folder",
+    ),
 )
 
 
@@ -190,11 +204,20 @@ def test_rule_refuses_with_the_way_out(
         path.write_text(json.dumps(document))
         changes = {**changes, "deepspeed": str(path)}
     with pytest.raises(RunError, match=message):
-        checked(tiny(corpus, out, **changes), world_size)
+        checked(tiny(corpus, **{"out": out, **changes}), world_size)
 
 
 def test_every_rule_has_a_failing_case() -> None:
-    assert {rule.__name__ for rule in config_rules.RULES} == {case[0] for case in CASES}
+    elsewhere = {"corpora_are_whole"}
+    assert {rule.__name__ for rule in config_rules.RULES} == {case[0] for case in CASES} | elsewhere
+
+
+def test_a_damaged_corpus_is_told_before_any_process_starts(out: Path, tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path)
+    tokens = Path(f"{corpus}.bin")
+    tokens.write_bytes(tokens.read_bytes()[:100])
+    with pytest.raises(RunError, match=r"data\.train: .*100"):
+        checked(tiny(corpus, out), 1)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +257,7 @@ def test_sizes_that_do_not_divide_are_refused_with_the_nearest_that_do(
     corpus: str, out: Path, world_size: int, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(RunError, match=message):
-        checked(tiny(corpus, out, **changes), world_size)
+        checked(tiny(corpus, **{"out": out, **changes}), world_size)
 
 
 def test_all_faults_are_told_at_once(corpus: str, out: Path, tmp_path: Path) -> None:

@@ -70,6 +70,14 @@ def test_ninja_is_the_one_beside_this_python_without_activation(
     assert os.environ["PATH"] == "/usr/bin:/bin"
 
 
+def test_another_environment_builds_into_another_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    ours = native_builds.extensions_root()
+    monkeypatch.setattr(sys, "prefix", "/another/environment")
+    assert native_builds.extensions_root() != ours
+    assert native_builds.extensions_root().parent == ours.parent
+
+
 def test_a_killed_builder_blocks_nobody(extensions: Path) -> None:
     code = (
         "import time; from pretrain.engine.native_builds import building_alone\n"

@@ -297,5 +297,6 @@ def test_a_run_may_begin_from_another_runs_checkpoint_but_not_mix_with_its_own_l
     assert len(ranks.run(train, 2, branch, 6)[0][0]) == 2, (
         "the same command goes on from the branch's own step 4"
     )
+    (root / "nowhere").mkdir()
     nowhere = {**raw, "name": "lost", "checkpoint": {"resume": str(root / "nowhere")}}
     assert "no checkpoint there; give a run's folder" in ranks.run(refused, 2, nowhere)[0]
