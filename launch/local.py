@@ -23,7 +23,10 @@ from launch.env import rank_environment
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 RANK_MARK = "--local_rank="  # the launcher puts it on every rank's command line
 LAST_WORDS_S = 5.0
-WATCH_S = 0.25  # the launcher looks once a second whether a rank has ended, and forgets how
+WATCH_S = 0.05  # the launcher looks once a second whether a rank has ended, and forgets how
+SIGNALLED = {
+    256 - number: number for number in signal.valid_signals()
+}  # what the launcher makes of exit code -n
 EXIT_STATUS_FIELD = 52  # of /proc/PID/stat, see proc(5)
 
 
@@ -31,8 +34,8 @@ def run_ranks(module: str, arguments: Sequence[str], *, num_ranks: int) -> int:
     """Run ``python -m module arguments`` on ``num_ranks`` ranks; returns the launcher's exit code."""
     launch = LocalLaunch(launcher_command(module, arguments, num_ranks=num_ranks), num_ranks)
     code = launch.wait()
-    if launch.killed is not None:
-        print(launch.killed, file=sys.stderr)
+    if launch.killed is not None or code in SIGNALLED:
+        print(launch.killed or f"a rank was {_ended(SIGNALLED[code])}", file=sys.stderr)
     return code
 
 
@@ -88,12 +91,7 @@ class LocalLaunch:
         for pid, rank in self._watched.items():
             ended_by = _ending_signal(pid)
             if self.killed is None and self._signals == 0 and ended_by is not None:
-                name = signal.Signals(ended_by).name
-                self.killed = f"a rank was killed ({name}): rank {rank}"
-                if ended_by == signal.SIGKILL:
-                    self.killed += (
-                        ", often by the system for want of memory (see dmesg); the last checkpoint stands"
-                    )
+                self.killed = f"rank {rank} was {_ended(ended_by)}"
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         self._signals += 1
@@ -123,6 +121,13 @@ class LocalLaunch:
             while _signal_group(self._process.pid, 0) and time.monotonic() < deadline_s:
                 self._process.poll()
                 time.sleep(0.05)
+
+
+def _ended(number: int) -> str:
+    text = f"killed ({signal.Signals(number).name})"
+    if number == signal.SIGKILL:
+        text += ", often by the system for want of memory (see dmesg); the last checkpoint stands"
+    return text
 
 
 def _rank_number(process: psutil.Process) -> str | None:
