@@ -87,7 +87,10 @@ def _those_with_samples(part: str, datasets: Datasets, *, split: str) -> Dataset
         raise DataError(_nothing_held_out(part, [dataset for _, dataset in datasets], split=split))
     short = [ref.path for ref, dataset in datasets if not dataset.samples_per_epoch]
     if short:
-        logger.warning("%s: too little text in what split=%s gives it of %s", part, split, ", ".join(short))
+        logger.warning(
+            "data.split=%s gives %r too little text of %s: what there is of the other corpora stands for it",
+            *(split, part, ", ".join(short)),
+        )
     return kept
 
 

@@ -76,6 +76,15 @@ def open_data(config: DataConfig, *, num_train_samples: int = 0, ranks: Ranks = 
     return opened
 
 
+def check_data(config: DataConfig) -> None:
+    """Open everything and build nothing: each corpus whole, each set long enough, one tokenizer for all.
+
+    Raises:
+        DataError: what is wrong, in the words with which `open_data` would refuse it.
+    """
+    _open(config, IndexCache(config.cache or _cache_beside(config)))
+
+
 def _open(config: DataConfig, cache: IndexCache) -> TrainingData:
     corpora = _open_corpora(config)
     make = SourceMaker(config, corpora, cache=cache)

@@ -4,6 +4,7 @@ A command's module is imported only when it is called, so that `megaloom --help`
 a login node without torch.  A user's mistake ends in one line on stderr and exit code 2, never in a traceback.
 """
 
+import difflib
 import importlib
 import sys
 import warnings
@@ -54,13 +55,13 @@ def main(argv: list[str] | None = None) -> None:
         return
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
-        sys.exit(_complain(f": no command {name!r}; there are: {', '.join(COMMANDS)}"))
+        sys.exit(_complain("megaloom", f"no command {name!r}; {_nearest(name)}"))
     # What megatron-core says of optional packages, once per import; ours are in `kernels.py`.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     try:
         importlib.import_module(COMMANDS[name].module).main(rest)
     except (DataError, ModelError, RunError) as mistake:
-        sys.exit(_complain(f" {name}: {mistake}"))
+        sys.exit(_complain(f"megaloom {name}", f"{mistake}"))
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -71,8 +72,13 @@ def _help() -> str:
     return "\n".join(["usage: megaloom COMMAND ...   (megaloom COMMAND --help tells more)", "", *rows])
 
 
-def _complain(text: str) -> int:
-    print(f"megaloom{text}", file=sys.stderr)
+def _nearest(name: str) -> str:
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(COMMANDS)}"
+
+
+def _complain(who: str, what: str) -> int:
+    print(f"{who}: {what}", file=sys.stderr)
     return USAGE_EXIT_CODE
 
 

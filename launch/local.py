@@ -24,9 +24,7 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 RANK_MARK = "--local_rank="  # the launcher puts it on every rank's command line
 LAST_WORDS_S = 5.0
 WATCH_S = 0.05  # the launcher looks once a second whether a rank has ended, and forgets how
-SIGNALLED = {
-    256 - number: number for number in signal.valid_signals()
-}  # what the launcher makes of exit code -n
+SIGNALLED = {256 - number: number for number in signal.valid_signals()}  # the launcher's exit code for -n
 EXIT_STATUS_FIELD = 52  # of /proc/PID/stat, see proc(5)
 
 
@@ -87,7 +85,7 @@ class LocalLaunch:
     def _watch(self) -> None:
         """Notice the first rank that a signal ends: the others only tell that somebody is gone."""
         if len(self._watched) < self._num_ranks:
-            self._watched = {rank.pid: number for rank in self._ranks() if (number := _rank_number(rank))}
+            self._watched = {process.pid: rank for process, rank in self._ranks().items()}
         for pid, rank in self._watched.items():
             ended_by = _ending_signal(pid)
             if self.killed is None and self._signals == 0 and ended_by is not None:
@@ -100,17 +98,19 @@ class LocalLaunch:
         else:
             name = signal.Signals(number).name
             print(f"{name}: finishing this step, saving, ending (once more: end at once)", file=sys.stderr)
-            for rank in self._ranks():
+            for process in self._ranks():
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    rank.send_signal(signal.SIGTERM)
+                    process.send_signal(signal.SIGTERM)
 
-    def _ranks(self) -> list[psutil.Process]:
-        found = []
+    def _ranks(self) -> dict[psutil.Process, str]:
+        """The rank processes that live, and their numbers."""
+        found = {}
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(self._process.pid).children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    if any(word.startswith(RANK_MARK) for word in child.cmdline()):
-                        found.append(child)
+                    for word in child.cmdline():
+                        if word.startswith(RANK_MARK):
+                            found[child] = word.removeprefix(RANK_MARK)
         return found
 
     def _end_session(self) -> None:
@@ -128,14 +128,6 @@ def _ended(number: int) -> str:
     if number == signal.SIGKILL:
         text += ", often by the system for want of memory (see dmesg); the last checkpoint stands"
     return text
-
-
-def _rank_number(process: psutil.Process) -> str | None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for word in process.cmdline():
-            if word.startswith(RANK_MARK):
-                return word.removeprefix(RANK_MARK)
-    return None
 
 
 def _ending_signal(pid: int) -> int | None:

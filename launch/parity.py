@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
 def _record(words: argparse.Namespace, out: Path, arguments: list[str], *, num_ranks: int) -> None:
     code = run_ranks(
         "pretrain.parity",
-        ["record", words.run, str(out), "--steps", str(words.steps), *arguments],
+        ["record", str(out), words.run, *arguments, "--steps", str(words.steps)],
         num_ranks=num_ranks,
     )
     if code != 0:

@@ -4,6 +4,7 @@ import argparse
 import shlex
 import sys
 
+from data_tools.training_data import check_data
 from launch.devices import device_type, num_gpus
 from launch.local import launcher_command, run_ranks
 from pretrain.config_io import Run, load_run
@@ -65,4 +66,5 @@ def checked(path: str, words: list[str], *, num_ranks: int, deepspeed_config: st
         )
     if faults:
         raise RunError("\n".join(faults))
+    check_data(run.config.data)
     return run

@@ -74,36 +74,37 @@ def layout_problems(model: ModelConfig, layout: Layout, sequence_length: int) ->
     tp, kv = layout.tp, model.kv_heads
     if model.num_attention_heads % tp:
         problems.append(
-            f"tp={tp}: does not divide num_attention_heads={model.num_attention_heads}; choose one of "
+            f"layout.tp={tp}: does not divide model.num_attention_heads={model.num_attention_heads}; choose one of "
             f"{_divisors(model.num_attention_heads)}"
         )
     elif kv % tp and tp % kv:
         problems.append(
-            f"tp={tp}: must divide num_kv_heads={kv} or be a multiple of it; choose one of {_divisors(kv)}"
+            f"layout.tp={tp}: must divide model.num_kv_heads={kv} or be a multiple of it; choose one of {_divisors(kv)}"
         )
     if model.ffn_width % tp:
         problems.append(
-            f"tp={tp}: does not divide ffn_hidden_size={model.ffn_width}; choose tp or ffn_hidden_size to fit"
+            f"layout.tp={tp}: does not divide model.ffn_hidden_size={model.ffn_width}; choose layout.tp or "
+            "model.ffn_hidden_size to fit"
         )
     if model.vocab_size is not None and model.padded_vocab_size % tp:
         problems.append(
-            f"tp={tp}: does not divide the padded vocabulary of {model.padded_vocab_size}; "
-            f"set pad_vocab_to_multiple_of to a multiple of {tp}"
+            f"layout.tp={tp}: does not divide the padded vocabulary of {model.padded_vocab_size}; "
+            f"set model.pad_vocab_to_multiple_of to a multiple of {tp}"
         )
     if layout.shards_sequence and sequence_length % tp:
         problems.append(
-            f"sequence_length={sequence_length}: sequence parallelism shards it, and tp={tp} must divide it; "
-            f"use {sequence_length // tp * tp or tp}, or sequence_parallel=false"
+            f"data.sequence_length={sequence_length}: sequence parallelism shards it, and layout.tp={tp} "
+            f"must divide it; use {sequence_length // tp * tp or tp}, or layout.sequence_parallel=false"
         )
     if model.position_embedding == "learned" and sequence_length > model.max_sequence_length:
         problems.append(
-            f"sequence_length={sequence_length}: the learned positions end at max_sequence_length="
+            f"data.sequence_length={sequence_length}: the learned positions end at model.max_sequence_length="
             f"{model.max_sequence_length}; raise that, or use rotary positions"
         )
     stages = model.num_layers + 3  # embedding, blocks, final norm, head
     if layout.pp > stages:
         problems.append(
-            f"pp={layout.pp}: the model has {stages} layers to share out; use pp={stages} or fewer"
+            f"layout.pp={layout.pp}: the model has {stages} layers to share out; use layout.pp={stages} or fewer"
         )
     return problems
 

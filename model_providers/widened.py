@@ -58,22 +58,23 @@ class WidenedLinear(torch.autograd.Function):
         return grad_x, grad_weight.to(weight.dtype), grad_bias, None, None, None
 
 
-class WidenedColumnLinear(ColumnParallelLinear):
+class _Widened:
+    """For subclasses of megatron-core's linears, before them."""
+
     def _forward_impl(
         self, input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         if weight.dtype.itemsize != 2:
-            return super()._forward_impl(input, weight, *args, **kwargs)
+            return super()._forward_impl(input, weight, *args, **kwargs)  # type: ignore[misc]
         return _widened(input, weight, **kwargs)
 
 
-class WidenedRowLinear(RowParallelLinear):
-    def _forward_impl(
-        self, input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        if weight.dtype.itemsize != 2:
-            return super()._forward_impl(input, weight, *args, **kwargs)
-        return _widened(input, weight, **kwargs)
+class WidenedColumnLinear(_Widened, ColumnParallelLinear):
+    pass
+
+
+class WidenedRowLinear(_Widened, RowParallelLinear):
+    pass
 
 
 def _widened(

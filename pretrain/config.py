@@ -5,20 +5,14 @@ time steps, ranks and gradients.  Keys of the DeepSpeed JSON are not spelled her
 Defaults are those of a careful user: clipping on, fp32 accumulation, a stop on NaN.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
 from data_tools.config import DataConfig
-from model_providers.config import ModelConfig
+from model_providers.config import Facts, ModelConfig
 
 Dtype = Literal["fp32", "bf16", "fp16"]
-
-
-class Facts(BaseModel):
-    """Frozen facts; an unknown key is an error (`config_io` adds the nearest right one)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class LayoutConfig(Facts):
@@ -118,15 +112,16 @@ class PowerSchedule(_Warmup):
     total_steps: int | None = Field(None, ge=1)
 
 
-Schedule = Annotated[
+AnySchedule = (
     ConstantSchedule
     | CosineSchedule
     | LinearSchedule
     | WSDSchedule
     | InverseSquareRootSchedule
-    | PowerSchedule,
-    Field(discriminator="kind"),
-]
+    | PowerSchedule
+)
+SCHEDULE_KINDS = tuple(str(kind.model_fields["kind"].default) for kind in get_args(AnySchedule))
+Schedule = Annotated[AnySchedule, Field(discriminator="kind")]
 
 
 class PrecisionConfig(Facts):
@@ -208,11 +203,6 @@ class RunConfig(Facts):
     kernels: Literal["auto", "te", "torch"] = "auto"
     nvme_path: str | None = Field(None, description="folder on a local NVMe disk, for offload to nvme")
     deepspeed: str = Field("zero1.json", description="DeepSpeed JSON: a path, or a file of ds_configs/")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _spell_out(cls, raw: object) -> object:
-        return spelled_out(raw) if isinstance(raw, dict) else raw
 
 
 # `precision: bf16` means `precision: {dtype: bf16}`, and so on.

@@ -25,7 +25,7 @@ from model_providers.presets import get_preset
 from pretrain import config_rules, ds_config
 from pretrain.config import RunConfig, spelled_out
 from pretrain.errors import RunError
-from pretrain.nested import NoSection, leaves, put
+from pretrain.nested import NoSection, get, leaves, put
 from pretrain.run_file import parse_words, plain, read_yaml
 
 SHARD_ALIGNMENT = 1024  # elements; DeepSpeed pads shards to whole blocks of asynchronous I/O
@@ -115,7 +115,7 @@ def make_run(
     known = dict(origins or {key: run_name for key, _ in leaves(raw)})
     known |= dict.fromkeys(reading.taken, json_path.name)
     _expand_preset(reading.run, known)
-    config = _validate(reading.run, reading.faults, run_name)
+    config = _validate(reading.run, reading.faults)
     config = _with_vocabulary(config, reading.faults, known)
     layout, batch = config_rules.sizes(config, world_size, reading.faults)
     if reading.faults:
@@ -158,11 +158,16 @@ def _expand_preset(raw: dict[str, Any], origins: dict[str, str]) -> None:
         origins.setdefault(f"model.{key}", f"preset {name}")
 
 
-def _validate(raw: dict[str, Any], faults: list[str], run_name: str) -> RunConfig:
+def _validate(raw: dict[str, Any], faults: list[str]) -> RunConfig:
     try:
-        return RunConfig(**raw)
+        config = RunConfig(**raw)
     except ValidationError as error:
-        raise RunError(_told_together([*faults, *(f"{run_name}: {line}" for line in plain(error))])) from None
+        raise RunError(_told_together([*faults, *plain(error)])) from None
+    read = config.model_dump()
+    for key, value in leaves(raw):  # pydantic takes `true` for 1
+        if isinstance(value, bool) and not isinstance(get(read, key), bool):
+            faults.append(f"{key}={value}: must be a number")
+    return config
 
 
 def _with_vocabulary(config: RunConfig, faults: list[str], origins: dict[str, str]) -> RunConfig:

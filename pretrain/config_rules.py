@@ -4,19 +4,18 @@
 """
 
 import math
-import tempfile
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_tools.errors import DataError
-from data_tools.indexed import IndexedReader
 from model_providers.layout import Layout, layout_problems
 from pretrain.checkpoint import store
 from pretrain.config import BatchConfig, RunConfig
 from pretrain.ds_config import optimizer_is_offloaded
+from pretrain.errors import RunError
 from pretrain.nested import get
 from pretrain.optimizer_rules import OPTIMIZER_RULES, Rule
 
@@ -57,8 +56,7 @@ def sizes(config: RunConfig, world_size: int, found: list[str]) -> tuple[Layout 
 
 def faults(run: "Run") -> list[str]:
     """Everything that is wrong with a run, in the order of the rules."""
-    cut = layout_problems(run.config.model, run.layout, run.config.data.sequence_length)
-    found = [f"layout.{sentence}" if sentence.startswith("tp=") else f"data.{sentence}" for sentence in cut]
+    found = layout_problems(run.config.model, run.layout, run.config.data.sequence_length)
     return found + [sentence for rule in RULES if (sentence := rule(run)) is not None]
 
 
@@ -229,36 +227,24 @@ def explicit_partition_is_sound(run: "Run") -> str | None:
     return None
 
 
-def resume_folder_exists(run: "Run") -> str | None:
-    resume = run.config.checkpoint.resume
-    if resume not in ("auto", "never") and not Path(resume).is_dir():
-        return f"checkpoint.resume={resume}: no such folder; give a checkpoint's folder, auto or never"
-    return None
-
-
-def weights_folder_holds_a_checkpoint(run: "Run") -> str | None:
-    source = run.config.checkpoint.weights_from
-    if source is not None and store.checkpoint_in(Path(source)) is None:
-        return f"checkpoint.weights_from={source}: {store.NO_CHECKPOINT}"
+def checkpoints_to_begin_from_are_there(run: "Run") -> str | None:
+    resume, weights_from = run.config.checkpoint.resume, run.config.checkpoint.weights_from
+    try:
+        if resume not in ("auto", "never"):
+            store.wanted(resume, key="checkpoint.resume")
+        if weights_from is not None:
+            store.wanted(weights_from, key="checkpoint.weights_from")
+    except RunError as fault:
+        return str(fault)
     return None
 
 
 def output_folder_can_be_made(run: "Run") -> str | None:
     there = next(folder for folder in (run.folder, *run.folder.absolute().parents) if folder.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            return None
-    except OSError as fault:
-        return f"out={run.config.out}: nothing can be written in {there} ({fault.strerror}); choose another folder"
-
-
-def corpora_are_whole(run: "Run") -> str | None:
-    try:
-        for corpus in run.config.data.train:
-            IndexedReader(corpus.path)
-    except DataError as fault:
-        return f"data.train: {fault}"
-    return None
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        return None
+    why = "may not be written to" if there.is_dir() else "is a file"
+    return f"out={run.config.out}: {there} {why}; choose another folder"
 
 
 RULES: tuple[Rule, ...] = (
@@ -273,10 +259,8 @@ RULES: tuple[Rule, ...] = (
     nvme_needs_a_folder,
     nvme_buffers_hold_the_largest_parameter,
     partitioned_messages_need_whole_activations,
-    resume_folder_exists,
-    weights_folder_holds_a_checkpoint,
+    checkpoints_to_begin_from_are_there,
     output_folder_can_be_made,
-    corpora_are_whole,
     *OPTIMIZER_RULES,
 )
 
@@ -284,8 +268,3 @@ RULES: tuple[Rule, ...] = (
 def _device(run: "Run", section: str) -> str:
     found: Any = get(dict(run.deepspeed), f"zero_optimization.{section}")
     return str(found.get("device", "none")) if isinstance(found, Mapping) else "none"
-
-
-def all_rules() -> Iterable[str]:
-    """The rules' names, for the test that each is exercised."""
-    return (rule.__name__ for rule in RULES)

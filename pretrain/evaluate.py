@@ -1,15 +1,16 @@
-"""Validation losses: each named set, the same samples at every call and in every layout."""
+"""Losses of held-out sets: the same samples at every call and in every layout."""
+
+from collections.abc import Mapping
 
 from data_tools.loader import SampleSource
-from data_tools.training_data import TrainingData
 from pretrain.batches import evaluation_steps
 from pretrain.config_io import Run
 from pretrain.engine.base import Engine
 
 
-def evaluate_all(engine: Engine, data: TrainingData, run: Run) -> dict[str, float]:
-    """Mean loss per token of each validation set; every rank calls it and gets the same numbers."""
-    return {name: evaluate(engine, source, run) for name, source in data.validation.items()}
+def evaluate_all(engine: Engine, sets: Mapping[str, SampleSource], run: Run) -> dict[str, float]:
+    """Mean loss per token of each set; every rank calls it and gets the same numbers."""
+    return {name: evaluate(engine, source, run) for name, source in sets.items()}
 
 
 def evaluate(engine: Engine, source: SampleSource, run: Run) -> float:

@@ -105,14 +105,12 @@ def load_generator(path: Path, device: torch.device) -> Generator:
 
 def whole_checkpoint(path: Path) -> Path:
     """The checkpoint that ``path`` means; of a run's, the newest whose weights are whole."""
-    newest = store.checkpoint_in(path)
-    if newest is None:
-        raise RunError(f"checkpoint={path}: {store.NO_CHECKPOINT}")
+    newest = store.wanted(path, key="checkpoint")
     for folder in [newest] if newest == path else store.checkpoints(newest.parent):
-        faults = [fault for fault in store.faults(folder) if not fault.startswith(f"{store.ENGINE}/")]
-        if not faults:
+        fault = next(store.faults(folder, without=store.ENGINE), None)
+        if fault is None:
             return folder
-        print(f"{folder} is damaged ({faults[0]}); passed over", file=sys.stderr)
+        print(f"{folder} is damaged ({fault}); passed over", file=sys.stderr)
     raise RunError(f"checkpoint={path}: damaged, and there is no whole one beside it; see above")
 
 

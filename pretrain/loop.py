@@ -32,12 +32,17 @@ class NotFinite(RunError):
 
 @dataclass
 class Loop:
-    """What the loop works with. ``evaluate`` gives losses by set, ``save`` writes a checkpoint of the step."""
+    """What the loop works with.
+
+    ``evaluate`` gives the losses of the validation sets, ``test`` those of the test sets, asked for once at the end;
+    ``save`` writes a checkpoint of the step.
+    """
 
     run: Run
     engine: Engine
     feed: Feed
     evaluate: Callable[[], dict[str, float]]
+    test: Callable[[], dict[str, float]]
     save: Callable[[int], None]
     sinks: Sequence[Sink]
 
@@ -56,6 +61,8 @@ class Loop:
                 is_last, asked = done == run.config.train.steps, stop.asked(engine.groups)
                 if is_last or due(done, run.config.train.eval_every):
                     record.losses_by_set = self.evaluate()
+                if is_last:
+                    record.test_losses = self.test()
                 self._tell(record, always=is_last or asked)
                 if is_last or asked or due(done, run.config.checkpoint.every):
                     self.save(done)
@@ -70,8 +77,7 @@ class Loop:
 
     def _one_step(self, step: int, metrics: Metrics, guard: FiniteGuard, started_s: float) -> Record:
         run, engine = self.run, self.engine
-        self._seed(step)
-        learning_rate = self._set_learning_rate(step)
+        learning_rate = begin_step(run, engine, step)
         with engine.timers.phase("data"):
             batches = self.feed.next_step()
         result = engine.train_step(batches)
@@ -85,7 +91,7 @@ class Loop:
         )
         if run.config.train.stop_on_nan and guard.objects(result):
             self._tell(record, always=True)
-            where = first_non_finite(engine, batches, seed=lambda: self._seed(step))
+            where = first_non_finite(engine, batches, seed=lambda: seed(run, engine, step))
             raise NotFinite(
                 f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; {where}. The "
                 f"weights are those of step {step}; the last checkpoint stands. Lower optimizer.lr, or look "
@@ -94,28 +100,31 @@ class Loop:
             )
         return record
 
-    def _seed(self, step: int) -> None:
-        place = self.engine.groups.place
-        seed_streams(
-            self.run.config.train.seed,
-            step=step,
-            tp_rank=place.tp,
-            pp_rank=place.pp,
-            dp_rank=place.dp,
-            device=self.engine.groups.device.type,
-        )
-
-    def _set_learning_rate(self, step: int) -> float:
-        schedule = self.run.config.schedule
-        if schedule is None:  # the DeepSpeed JSON's own scheduler rules
-            return self.engine.learning_rate
-        return self.engine.set_learning_rate_factor(
-            learning_rate_factor(schedule, step, self.run.config.train.steps)
-        )
-
     def _tell(self, record: Record, *, always: bool) -> None:
         if always or record.losses_by_set or due(record.step, self.run.config.monitor.log_every):
             tell(self.sinks, record)
+
+
+def begin_step(run: Run, engine: Engine, step: int) -> float:
+    """Random streams and learning rate of step ``step`` (0 is the first ever); returns the latter."""
+    seed(run, engine, step)
+    schedule = run.config.schedule
+    if schedule is None:  # the DeepSpeed JSON's own scheduler rules
+        return engine.learning_rate
+    return engine.set_learning_rate_factor(learning_rate_factor(schedule, step, run.config.train.steps))
+
+
+def seed(run: Run, engine: Engine, step: int) -> None:
+    """Random streams of this rank in ``step``."""
+    place = engine.groups.place
+    seed_streams(
+        run.config.train.seed,
+        step=step,
+        tp_rank=place.tp,
+        pp_rank=place.pp,
+        dp_rank=place.dp,
+        device=engine.groups.device.type,
+    )
 
 
 def tell(sinks: Iterable[Sink], record: Record) -> None:

@@ -8,7 +8,6 @@ tensor ranks, collected over stages and shards), so that traces of any two layou
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,18 +19,15 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from data_tools.errors import DataError
-from model_providers.errors import ModelError
 from model_providers.logical import describe_parameter, merge
-from model_providers.random_streams import seed_streams
 from pretrain.batches import Feed, open_run_data
-from pretrain.config_io import Run, load_run
+from pretrain.config_io import Run
 from pretrain.engine.base import Engine
 from pretrain.engine.groups import Groups, join
 from pretrain.engine.layers import tied_names
-from pretrain.errors import RunError
+from pretrain.loop import begin_step
 from pretrain.monitor import logs
-from pretrain.optim import learning_rate_factor
+from pretrain.program import add_run_words, exit_code, load_on_rank, rank_parser
 from pretrain.run import check_place, make_engine, make_plan
 
 Tensors = dict[str, torch.Tensor]
@@ -89,19 +85,7 @@ def record(run: Run, steps: int) -> Trace | None:
     engine.before_step(look_once)
     losses, norms = [], []
     for step in range(steps):
-        place = groups.place
-        seed_streams(
-            run.config.train.seed,
-            step=step,
-            tp_rank=place.tp,
-            pp_rank=place.pp,
-            dp_rank=place.dp,
-            device=groups.device.type,
-        )
-        if run.config.schedule is not None:
-            engine.set_learning_rate_factor(
-                learning_rate_factor(run.config.schedule, step, run.config.train.steps)
-            )
+        begin_step(run, engine, step)
         result = engine.train_step(feed.next_step())
         losses.append(result.loss)
         norms.append(result.grad_norm)
@@ -217,34 +201,28 @@ def report(comparison: Comparison, tolerance: float) -> tuple[str, bool]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """``record RUN OUT --steps N key=value ...`` on every rank, or ``compare TRACE REFERENCE`` in one process."""
-    parser = argparse.ArgumentParser(prog="pretrain.parity", allow_abbrev=False)
-    parser.add_argument("what", choices=("record", "compare"))
-    parser.add_argument("first", type=Path)
-    parser.add_argument("second", type=Path)
-    parser.add_argument("words", nargs="*")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--tolerance", type=float, default=1e-5)
-    parser.add_argument("--deepspeed_config")
-    parser.add_argument("--local_rank")
-    words = parser.parse_intermixed_args(argv)
-    if words.what == "compare":
-        text, agrees = report(compare(read_trace(words.first), read_trace(words.second)), words.tolerance)
-        print(text)
-        return 0 if agrees else 1
-    try:
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        run = load_run(
-            words.first, words.words, world_size=world_size, deepspeed_config=words.deepspeed_config
-        )
-        trace = record(run, words.steps)
-    except (RunError, ModelError, DataError) as mistake:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"parity: {mistake}", file=sys.stderr)
-        return 2
+    """``record OUT RUN key=value ... --steps N`` on every rank, or ``compare TRACE REFERENCE`` in one process."""
+    parser = rank_parser("pretrain.parity", __doc__)
+    commands = parser.add_subparsers(dest="what", required=True)
+    recording, comparing = commands.add_parser("record"), commands.add_parser("compare")
+    recording.add_argument("out", type=Path)
+    recording.add_argument("--steps", type=int, default=20)
+    add_run_words(recording)
+    comparing.add_argument("trace", type=Path)
+    comparing.add_argument("reference", type=Path)
+    comparing.add_argument("--tolerance", type=float, default=1e-5)
+    words = parser.parse_args(argv)
+    if words.what == "record":
+        return exit_code("parity", lambda: record_to_file(words))
+    text, agrees = report(compare(read_trace(words.trace), read_trace(words.reference)), words.tolerance)
+    print(text)
+    return 0 if agrees else 1
+
+
+def record_to_file(words: argparse.Namespace) -> None:
+    trace = record(load_on_rank(words), words.steps)
     if trace is not None:
-        write_trace(trace, words.second)
-    return 0
+        write_trace(trace, words.out)
 
 
 if __name__ == "__main__":

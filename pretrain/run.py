@@ -57,7 +57,8 @@ def train(run: Run) -> Outcome:
         run=run,
         engine=engine,
         feed=feed,
-        evaluate=lambda: evaluate_all(engine, data, run),
+        evaluate=lambda: evaluate_all(engine, data.validation, run),
+        test=lambda: evaluate_all(engine, data.test, run),
         save=lambda step: save(run, engine, data, step),
         sinks=sinks,
     )
@@ -105,9 +106,9 @@ def make_engine(run: Run, plan: LayerPlan, groups: Groups) -> Engine:
     arguments: dict[str, Any] = {"json": document, "optimizer": run.config.optimizer}
     source = run.config.checkpoint.weights_from
     if source is not None:
-        folder, layout = (store.checkpoint_in(Path(source)) or Path(source)) / WEIGHTS, run.layout
+        folder = store.wanted(source, key="checkpoint.weights_from") / WEIGHTS
         arguments["prepare"] = [
-            WeightLoader(folder, tp_rank=groups.place.tp, tp=layout.tp, tied=tied_names(plan))
+            WeightLoader(folder, tp_rank=groups.place.tp, tp=run.layout.tp, tied=tied_names(plan))
         ]
     if run.layout.pp == 1:
         return build_zero_engine(plan, groups, **arguments)

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pretrain.config import RunConfig
+from pretrain.config import SCHEDULE_KINDS, RunConfig
 from pretrain.errors import RunError
 
 
@@ -68,22 +68,15 @@ IN_PLAIN_WORDS = {
     "model_type": "must be a section of keys and values",
     "dict_type": "must be a section of keys and values",
     "string_pattern_mismatch": "may hold letters, digits, dots, underscores and hyphens only",
-    "union_tag_invalid": "kind must be constant, cosine, linear, wsd, inverse_square_root or power",
+    "union_tag_invalid": f"kind must be one of {', '.join(SCHEDULE_KINDS)}",
 }
 
 
 def _is_union_tag(part: object) -> bool:
     """pydantic puts the chosen member of a union into the place; a user did not write it."""
-    tags = {
-        "cosine",
-        "linear",
-        "wsd",
-        "constant",
-        "inverse_square_root",
-        "power",
-        "literal['parameters','cost','uniform']",
-    }
-    return isinstance(part, str) and (part in tags or part.startswith(("tuple[", "literal[", "function-")))
+    return isinstance(part, str) and (
+        part in SCHEDULE_KINDS or part.startswith(("tuple[", "literal[", "function-"))
+    )
 
 
 def _nearest_field(place: Sequence[str]) -> str:
@@ -92,7 +85,7 @@ def _nearest_field(place: Sequence[str]) -> str:
         info = (
             owner.model_fields.get(part) if isinstance(owner, type) and issubclass(owner, BaseModel) else None
         )
-        owner = _model_of(info.annotation) if info else None
+        owner = info.annotation if info else None
     names: set[str] = set()
     for model in _models(owner):
         names |= set(model.model_fields)
@@ -100,10 +93,6 @@ def _nearest_field(place: Sequence[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; there are {', '.join(sorted(names))}" if names else ""
-
-
-def _model_of(annotation: Any) -> Any:
-    return annotation
 
 
 def _models(annotation: Any) -> Iterable[type[BaseModel]]:

@@ -4,25 +4,46 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.ranks import CPU_ONLY_ENVIRONMENT, RankPool
+from tests.runs import make_corpus
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 
+BUILD = pytest.StashKey["subprocess.Popen[bytes]"]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start ranks come last: until then their kernels are being compiled."""
+    items.sort(key=starts_ranks)
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Compile before the first test, so that no test's own time limit pays for it."""
-    needed = any(item.get_closest_marker("ranks") for item in session.items)
-    if needed and not session.config.option.collectonly:
+    """Compile beside the first tests, so that no test's own time limit pays for it."""
+    if any(map(starts_ranks, session.items)) and not session.config.option.collectonly:
         code = "from tests.conftest import compile_kernels; compile_kernels()"
-        subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code],
-            env={**os.environ, **CPU_ONLY_ENVIRONMENT},
-            check=True,
+        session.config.stash[BUILD] = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", code], env={**os.environ, **CPU_ONLY_ENVIRONMENT}
         )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if starts_ranks(item):
+        assert item.config.stash[BUILD].wait() == 0, "a kernel that the tests need did not compile"
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if BUILD in session.config.stash:
+        session.config.stash[BUILD].terminate()
+
+
+def starts_ranks(item: pytest.Item) -> bool:
+    return item.get_closest_marker("ranks") is not None
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +52,18 @@ def ranks() -> Iterator[RankPool]:
     pool = RankPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The prefix of a small corpus of bytes."""
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A folder for runs; not made yet."""
+    return tmp_path / "out"
 
 
 def compile_kernels() -> None:

@@ -115,9 +115,7 @@ def _candidates(run: Run) -> tuple[list[str], str | None]:
         )
     if resume in ("never", "auto"):
         return [str(folder) for folder in own], None
-    folder = store.checkpoint_in(Path(resume))
-    if folder is None:
-        return [], f"checkpoint.resume={resume}: {store.NO_CHECKPOINT}"
+    folder = store.wanted(resume, key="checkpoint.resume")
     if folder.resolve().parent != root.resolve():
         return [str(path) for path in own] or [str(folder)], None
     later = [path.name for path in own if store.step_of(path) > store.step_of(folder)]

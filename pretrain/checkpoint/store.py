@@ -15,13 +15,14 @@ from pathlib import Path
 
 import xxhash
 
+from pretrain.errors import RunError
+
 # What stands in a checkpoint's folder: DeepSpeed's files, the weights, RunState, the run file, the tokenizer.
 ENGINE, WEIGHTS, STATE, CONFIG, TOKENIZER = "deepspeed", "weights", "state.json", "run.yaml", "tokenizer"
 MANIFEST = "manifest.json"
 LATEST = "latest"
 PARTIAL = ".partial"
 DAMAGED = ".damaged"
-NO_CHECKPOINT = "no checkpoint there; give a run's folder, or a step-... folder in its checkpoints"
 READ_BYTES = 1 << 22
 
 
@@ -127,14 +128,29 @@ def checkpoint_in(path: Path) -> Path | None:
     return next((folder for root in (path, path / "checkpoints") for folder in checkpoints(root)), None)
 
 
-def faults(folder: Path, *, share: int = 0, shares: int = 1) -> Iterator[str]:
-    """What is wrong with a checkpoint; of its files only every ``shares``-th is looked at, from ``share`` on."""
+def wanted(path: str | Path, *, key: str) -> Path:
+    """The same; a `RunError` that names ``key`` where there is none."""
+    folder = checkpoint_in(Path(path))
+    if folder is None:
+        raise RunError(
+            f"{key}={path}: no checkpoint there; give a run's folder, or a step-... folder in its checkpoints"
+        )
+    return folder
+
+
+def faults(folder: Path, *, share: int = 0, shares: int = 1, without: str | None = None) -> Iterator[str]:
+    """What is wrong with a checkpoint.
+
+    Of its files only every ``shares``-th is looked at, from ``share`` on, and none below the folder ``without``.
+    """
     try:
         listed = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
     except (OSError, ValueError, KeyError):
         yield f"no readable {MANIFEST}"
         return
     for item in listed[share::shares]:
+        if without is not None and item["path"].startswith(f"{without}/"):
+            continue
         path = folder / item["path"]
         if not path.is_file():
             yield f"{item['path']}: missing"

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
@@ -22,12 +21,10 @@ from model_providers.partial_gradients import sum_partial_gradients
 from pretrain.config import OptimizerConfig
 from pretrain.engine.base import Engine, MicroBatch, StepResult
 from pretrain.engine.groups import Groups, assert_same_ranks
-from pretrain.engine.layers import Prepare, Wire, build_layers, run_layers, tied_names
-from pretrain.engine.optimizers import client_optimizer, set_flags
+from pretrain.engine.layers import Prepare, Wire, build_layers, run_layers
 from pretrain.engine.quiet import without_stdout
 from pretrain.engine.step_control import StepControl
 from pretrain.monitor.timers import PhaseTimers
-from pretrain.optim import parameter_groups
 
 Bounds = Sequence[int]  # first layer of each stage, and the number of layers
 
@@ -195,22 +192,7 @@ def build_pipeline_engine(
     grid = module.mpu()
     assert_same_ranks("dp", grid.get_data_parallel_group(), dist.get_process_group_ranks(groups.dp))
     assert_same_ranks("pp", grid.get_pipe_parallel_group(), dist.get_process_group_ranks(groups.pp))
-    config = DeepSpeedConfig(json, grid)
-    set_flags(config, module)
-    parameters = parameter_groups(module.named_parameters(), optimizer, tied_names(plan))
-    with without_stdout():
-        engine = OneStage(
-            args=None,
-            model=module,
-            optimizer=client_optimizer(json, parameters, groups.device),
-            model_parameters=parameters,
-            mpu=grid,
-            config=json,
-            config_class=config,
-        )
-    engine.model_group, engine.tp_rank = groups.model, groups.place.tp
-    engine.monitor.enabled = False  # records come from one writer, pretrain/monitor
-    return PipelineTrainer(engine, groups)
+    return PipelineTrainer(OneStage.around(module, groups, grid, json=json, optimizer=optimizer), groups)
 
 
 def _as_deepspeed_reads(batches: Sequence[MicroBatch | None]) -> Iterator[Any] | None:

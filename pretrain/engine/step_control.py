@@ -7,20 +7,50 @@ plain case up to them: one norm that counts each logical parameter once over tp 
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
+
+from pretrain.config import OptimizerConfig
+from pretrain.engine.groups import Groups
+from pretrain.engine.layers import tied_names
+from pretrain.engine.optimizers import client_optimizer, set_flags
+from pretrain.engine.quiet import without_stdout
+from pretrain.optim import parameter_groups
 
 ROW = 1024  # elements whose squares are summed in fp32
 
 
 class StepControl(DeepSpeedEngine):
-    """For subclasses of `DeepSpeedEngine`; ``model_group`` is set right after construction."""
+    """For subclasses of `DeepSpeedEngine`, made by `around`."""
 
     model_group: dist.ProcessGroup | None = None
     tp_rank: int = 0
+
+    @classmethod
+    def around(
+        cls, module: Any, groups: Groups, mpu: Any, *, json: dict[str, Any], optimizer: OptimizerConfig
+    ) -> Self:
+        """This engine around a module that holds layers of ``module.plan``."""
+        config = DeepSpeedConfig(json, mpu)
+        set_flags(config, module)
+        parameters = parameter_groups(module.named_parameters(), optimizer, tied_names(module.plan))
+        with without_stdout():
+            engine = cls(
+                args=None,
+                model=module,
+                optimizer=client_optimizer(json, parameters, groups.device),
+                model_parameters=parameters,
+                mpu=mpu,
+                config=json,
+                config_class=config,
+            )
+        engine.model_group, engine.tp_rank = groups.model, groups.place.tp
+        engine.monitor.enabled = False  # records come from one writer, pretrain/monitor
+        return engine
 
     @property
     def before_step_callbacks(self) -> list[Callable[[], None]]:

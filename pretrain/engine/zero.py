@@ -5,18 +5,14 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.config import DeepSpeedConfig
 
 from model_providers.layer_plan import LayerPlan
 from model_providers.partial_gradients import sum_partial_gradients
 from pretrain.config import OptimizerConfig
 from pretrain.engine.base import Engine, MicroBatch, StepResult
 from pretrain.engine.groups import Groups, ModelParallelUnit
-from pretrain.engine.layers import Prepare, Wire, build_layers, run_layers, tied_names
-from pretrain.engine.optimizers import client_optimizer, set_flags
-from pretrain.engine.quiet import without_stdout
+from pretrain.engine.layers import Prepare, Wire, build_layers, run_layers
 from pretrain.engine.step_control import StepControl
-from pretrain.optim import parameter_groups
 
 
 class LayerStack(torch.nn.Module):
@@ -82,22 +78,7 @@ def build_zero_engine(
     if json["zero_optimization"]["stage"] == 3:
         steps.append(LayerSharder(json, groups, mpu))
     module = LayerStack(plan, groups, steps)
-    config = DeepSpeedConfig(json, mpu)
-    set_flags(config, module)
-    parameters = parameter_groups(module.named_parameters(), optimizer, tied_names(plan))
-    with without_stdout():
-        engine = StepControl(
-            args=None,
-            model=module,
-            optimizer=client_optimizer(json, parameters, groups.device),
-            model_parameters=parameters,
-            mpu=mpu,
-            config=json,
-            config_class=config,
-        )
-    engine.model_group, engine.tp_rank = groups.model, groups.place.tp
-    engine.monitor.enabled = False  # records come from one writer, pretrain/monitor
-    return ZeroEngine(engine, groups)
+    return ZeroEngine(StepControl.around(module, groups, mpu, json=json, optimizer=optimizer), groups)
 
 
 class LayerSharder:

@@ -40,13 +40,15 @@ class Record:
 
     step: int
     values: dict[str, float]
-    losses_by_set: dict[str, float] = field(default_factory=dict)
+    losses_by_set: dict[str, float] = field(default_factory=dict)  # of validation sets
+    test_losses: dict[str, float] = field(default_factory=dict)  # of test sets, at the end
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "step": self.step,
             **self.values,
             **{f"eval/{name}": loss for name, loss in self.losses_by_set.items()},
+            **{f"test/{name}": loss for name, loss in self.test_losses.items()},
         }
 
 

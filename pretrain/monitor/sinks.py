@@ -118,6 +118,10 @@ class ConsoleSink:
                 f"ETA {self._eta(record.step)}",
             ]
         parts += [f"{name} loss {loss:.4f}" for name, loss in record.losses_by_set.items()]
+        parts += [
+            f"{name} loss {loss:.4f}" if name == "test" else f"test loss of {name} {loss:.4f}"
+            for name, loss in record.test_losses.items()
+        ]
         return "  ".join(parts)
 
     def _eta(self, step: int) -> str:

@@ -126,7 +126,7 @@ def test_a_small_corpus_is_left_out_of_validation_with_a_word(
     caplog.set_level(logging.WARNING)
     data = open_data(config(train=["a", "one"]))
     assert [part.corpus.prefix for part in data.validation["valid"].dataset.datasets] == ["a"]
-    assert "valid: too little text in what split=98,2,0 gives it of one" in caplog.text
+    assert "data.split=98,2,0 gives 'valid' too little text of one" in caplog.text
 
 
 @pytest.mark.parametrize("shared", [True, False])

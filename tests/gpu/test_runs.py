@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from tests.ranks import CPU_ONLY_ENVIRONMENT
-from tests.runs import make_corpus, tiny
+from tests.runs import tiny
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,11 +22,6 @@ pytestmark = [
 
 STEPS = 12
 TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2, "fp16": 1e-2}  # relative; TF32 is off by torch's default
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def train(

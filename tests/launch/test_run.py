@@ -19,11 +19,6 @@ from tests.runs import make_corpus, tiny
 LAUNCH_S = 240
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_corpus(tmp_path_factory.mktemp("corpus"))
-
-
 @pytest.fixture
 def run_file(corpus: str, tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
@@ -61,7 +56,8 @@ def environment() -> dict[str, str]:
 @pytest.mark.timeout(2 * LAUNCH_S)
 def test_a_run_trains_resumes_and_speaks(run_file: Path, tmp_path: Path) -> None:
     """The whole way of a newcomer: train, go on, look at the curve, generate."""
-    first = megaloom("run", str(run_file), "--ranks", "2", "monitor.tensorboard=true")
+    words = ("--ranks", "2", "monitor.tensorboard=true", "data.split=80,10,10")
+    first = megaloom("run", str(run_file), *words)
     assert first.returncode == 0, first.stderr
     assert "step 6/6" in first.stdout and "valid loss" in first.stdout
     assert "saved" in first.stdout and "Traceback" not in first.stderr
@@ -71,11 +67,13 @@ def test_a_run_trains_resumes_and_speaks(run_file: Path, tmp_path: Path) -> None
     wanted = "loss learning_rate grad_norm loss_scale tokens_per_s step_s tflops_per_s_per_device memory_gb"
     wanted += " time/data_s time/forward_s time/backward_s time/step_s samples tokens clip_factor"
     assert set(wanted.split()) <= set(records[0]) and "eval/valid" in records[-1]
+    assert [record["step"] for record in records if "test/test" in record] == [6], "once, at the end"
+    assert f"test loss {records[-1]['test/test']:.4f}" in first.stdout
     assert list((folder / "tensorboard").glob("events.out.tfevents*"))
     assert yaml.safe_load((folder / "run.yaml").read_text())["optimizer"]["gradient_clipping"] == 0.5
     assert json.loads((folder / "deepspeed.json").read_text())["gradient_clipping"] == 0.5
 
-    second = megaloom("run", str(run_file), "--ranks", "2", "monitor.tensorboard=true", "train.steps=8")
+    second = megaloom("run", str(run_file), *words, "train.steps=8")
     assert second.returncode == 0, second.stderr
     assert "resumed" in second.stdout and "step-0000006" in second.stdout
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 8
@@ -112,9 +110,15 @@ def test_a_signal_ends_the_run_in_order(run_file: Path, tmp_path: Path, number: 
         ),
         (["nonsense"], "overrides are written key=value"),
         (["--ranks", "0"], "0: give 1 or more"),
+        (["layout.tp=true"], "layout.tp=True: must be a number"),
+        (["data.sequence_length=100000"], "one sample of sequence_length=100000 needs 100001"),
+        (["data.validation.prose=CUT"], "corpus=CUT: the data file has 100 bytes"),
     ],
 )
 def test_a_mistake_is_told_before_any_process_starts(run_file: Path, words: list[str], message: str) -> None:
+    cut = make_corpus(run_file.parent, name="cut", num_documents=5)
+    Path(f"{cut}.bin").write_bytes(Path(f"{cut}.bin").read_bytes()[:100])
+    words, message = [word.replace("CUT", cut) for word in words], message.replace("CUT", cut)
     started_s = time.monotonic()
     refused = megaloom("run", str(run_file), *words)
     assert refused.returncode == 2
@@ -140,6 +144,8 @@ def test_help_lists_the_commands_without_torch(words: list[str]) -> None:
 def test_an_unknown_command_names_those_there_are() -> None:
     refused = megaloom("trian")
     assert refused.returncode == 2 and "no command 'trian'; there are: prepare" in refused.stderr
+    refused = megaloom("generat")
+    assert refused.returncode == 2 and "no command 'generat'; did you mean 'generate'?" in refused.stderr
 
 
 def start(run_file: Path, *words: str) -> tuple[subprocess.Popen[str], Path]:

@@ -53,25 +53,33 @@ def test_places_outside_are_refused(ask: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("model", "layout", "message"),
     [
-        (llama_like(), {"tp": 3}, "tp=3: does not divide num_attention_heads=4; choose one of [1, 2, 4]"),
+        (
+            llama_like(),
+            {"tp": 3},
+            "layout.tp=3: does not divide model.num_attention_heads=4; choose one of [1, 2, 4]",
+        ),
         (
             llama_like(num_attention_heads=12, hidden_size=24, num_kv_heads=6, ffn_hidden_size=48),
             {"tp": 4},
-            "tp=4: must divide num_kv_heads=6 or be a multiple of it; choose one of [1, 2, 3, 6]",
+            "layout.tp=4: must divide model.num_kv_heads=6 or be a multiple of it; choose one of [1, 2, 3, 6]",
         ),
-        (llama_like(ffn_hidden_size=50), {"tp": 4}, "tp=4: does not divide ffn_hidden_size=50"),
+        (llama_like(ffn_hidden_size=50), {"tp": 4}, "layout.tp=4: does not divide model.ffn_hidden_size=50"),
         (
             llama_like(pad_vocab_to_multiple_of=1, vocab_size=121),
             {"tp": 2},
-            "set pad_vocab_to_multiple_of to a multiple",
+            "set model.pad_vocab_to_multiple_of to a multiple",
         ),
         (
             llama_like(),
             {"tp": 4, "sequence_parallel": True},
-            "sequence_length=18: sequence parallelism shards it",
+            "data.sequence_length=18: sequence parallelism shards it",
         ),
-        (gpt2_like(max_sequence_length=16), {}, "sequence_length=18: the learned positions end at"),
-        (llama_like(), {"pp": 6}, "pp=6: the model has 5 layers to share out; use pp=5 or fewer"),
+        (gpt2_like(max_sequence_length=16), {}, "data.sequence_length=18: the learned positions end at"),
+        (
+            llama_like(),
+            {"pp": 6},
+            "layout.pp=6: the model has 5 layers to share out; use layout.pp=5 or fewer",
+        ),
     ],
 )
 def test_a_layout_that_cannot_cut_the_model_says_why(

@@ -1,7 +1,6 @@
-"""One corpus for all parity tests, and reference traces that are recorded once each."""
+"""Reference traces that are recorded once each."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,14 +8,9 @@ import pytest
 from pretrain.parity import Trace
 from tests.parity.record import record_raw
 from tests.ranks import RankPool
-from tests.runs import make_corpus, tiny
+from tests.runs import tiny
 
 OneProcess = Callable[..., Trace]
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_corpus(tmp_path_factory.mktemp("parity-corpus"))
 
 
 @pytest.fixture(scope="session")
@@ -34,8 +28,3 @@ def one_process(ranks: RankPool, corpus: str, tmp_path_factory: pytest.TempPathF
         return kept[key]
 
     return trace
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"

@@ -7,10 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain.batches import Feed, open_run_data
-from pretrain.config_io import make_run
-from pretrain.engine.groups import join
-from pretrain.run import make_engine, make_plan
+from tests.opened import opened
 from tests.parity.conftest import OneProcess
 from tests.parity.record import record_raw
 from tests.parity.test_layouts import assert_same
@@ -23,16 +20,11 @@ OFFLOAD = ', "offload_optimizer": {"device": "cpu"}'
 
 def drift(raw: dict[str, Any], steps: int) -> float:
     """Largest difference between the two copies of the tied weight after some steps; this rank's view."""
-    run = make_run(raw, world_size=dist.get_world_size())
-    groups = join(run.layout)
-    data = open_run_data(run, groups)
-    engine = make_engine(run, make_plan(run, groups), groups)
-    feed = Feed(data.train, run, groups, consumed_samples=0)
-    for _ in range(steps):
-        engine.train_step(feed.next_step())
-    feed.close()
+    with opened(raw) as here:
+        for _ in range(steps):
+            here.engine.train_step(here.feed.next_step())
     differences = [0.0]
-    for parameter, group in engine.module.replicas:
+    for parameter, group in here.engine.module.replicas:
         copies = [torch.empty_like(parameter) for _ in range(dist.get_world_size(group))]
         dist.all_gather(copies, parameter.data.contiguous(), group=group)
         differences.append(float((copies[0] - copies[1]).abs().max()))

@@ -46,7 +46,7 @@ def test_words_go_before_the_file_and_the_file_before_the_preset(
             {"schedule": {"kind": "cosine", "warmup": 1}},
             r"schedule\.warmup: no such key; did you mean 'warmup_steps'\?",
         ),
-        ({"schedule": {"kind": "cosin"}}, r"schedule: kind must be constant, cosine, linear, wsd"),
+        ({"schedule": {"kind": "cosin"}}, r"schedule: kind must be one of constant, cosine, linear, wsd"),
         ({"data": 5}, r"data=5: must be a section of keys and values"),
         ({"batch": None}, r"batch=null: must be a section of keys and values"),
         ({"name": "a/b"}, r"name='a/b': may hold letters, digits"),

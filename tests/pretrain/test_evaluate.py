@@ -4,14 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 
 from model_providers.random_streams import seed_streams
-from pretrain.batches import Feed, open_run_data
-from pretrain.config_io import make_run
-from pretrain.engine.groups import join
 from pretrain.evaluate import evaluate_all
-from pretrain.run import make_engine, make_plan
+from tests.opened import opened
 from tests.ranks import RankPool
 from tests.runs import make_corpus, tiny
 
@@ -20,19 +16,15 @@ def evaluate_and_train(
     raw: dict[str, Any], *, evaluate_first: bool = True
 ) -> tuple[dict[str, float], list[float]]:
     """Validation losses of the initial weights, then the losses of two steps, evaluating between them."""
-    run = make_run(raw, world_size=dist.get_world_size())
-    groups = join(run.layout)
-    data = open_run_data(run, groups)
-    engine = make_engine(run, make_plan(run, groups), groups)
-    feed = Feed(data.train, run, groups, consumed_samples=0)
-    losses_by_set = evaluate_all(engine, data, run) if evaluate_first else {}
-    losses = []
-    for step in range(2):
-        seed_streams(1, step=step)  # as the loop does
-        losses.append(engine.train_step(feed.next_step()).loss)
-        if evaluate_first:
-            evaluate_all(engine, data, run)
-    feed.close()
+    with opened(raw) as here:
+        engine, data, run = here.engine, here.data, here.run
+        losses_by_set = evaluate_all(engine, data.validation, run) if evaluate_first else {}
+        losses = []
+        for step in range(2):
+            seed_streams(1, step=step)  # as the loop does
+            losses.append(engine.train_step(here.feed.next_step()).loss)
+            if evaluate_first:
+                evaluate_all(engine, data.validation, run)
     return losses_by_set, losses
 
 

@@ -11,14 +11,11 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 
-from pretrain.batches import Feed, open_run_data
-from pretrain.config_io import make_run
 from pretrain.engine.base import StepResult
-from pretrain.engine.groups import join
 from pretrain.loop import Loop, NotFinite
 from pretrain.monitor.guards import MAX_SKIPPED_IN_A_ROW, FiniteGuard, StopSignal
 from pretrain.parity import whole_model
-from pretrain.run import make_engine, make_plan
+from tests.opened import opened
 from tests.ranks import RankPool
 from tests.runs import tiny
 
@@ -27,11 +24,6 @@ SPOILT_STEP = 2
 
 def train_with_fault(raw: dict[str, Any], layer: str, phase: str, rank: int) -> tuple[str, bool, list[int]]:
     """Train until ``layer`` on ``rank`` breaks at the third step; the message, whether weights stayed, steps told."""
-    run = make_run(raw, world_size=dist.get_world_size())
-    groups = join(run.layout)
-    data = open_run_data(run, groups)
-    engine = make_engine(run, make_plan(run, groups), groups)
-    feed = Feed(data.train, run, groups, consumed_samples=0)
     told: list[int] = []
     state = {"step": 0, "weights": b""}
 
@@ -50,26 +42,30 @@ def train_with_fault(raw: dict[str, Any], layer: str, phase: str, rank: int) -> 
         tensor.register_hook(lambda gradient: gradient * math.nan)
         return None
 
-    for built in engine.layers:
-        if built.plan.name == layer:
-            built.module.register_forward_hook(spoil)
-
     class Counting(Loop):
         def _one_step(self, step: int, *rest: Any) -> Any:
             state["step"] = step
             if step == SPOILT_STEP:
-                state["weights"] = snapshot(engine)
+                state["weights"] = snapshot(self.engine)
             return super()._one_step(step, *rest)
 
-    loop = Counting(
-        run=run, engine=engine, feed=feed, evaluate=dict, save=lambda step: None, sinks=[Watcher()]
-    )
-    try:
-        loop.train(0)
-    except NotFinite as stop:
-        return str(stop), snapshot(engine) == state["weights"], told
-    finally:
-        feed.close()
+    with opened(raw) as here:
+        for built in here.engine.layers:
+            if built.plan.name == layer:
+                built.module.register_forward_hook(spoil)
+        loop = Counting(
+            run=here.run,
+            engine=here.engine,
+            feed=here.feed,
+            evaluate=dict,
+            test=dict,
+            save=lambda step: None,
+            sinks=[Watcher()],
+        )
+        try:
+            loop.train(0)
+        except NotFinite as stop:
+            return str(stop), snapshot(here.engine) == state["weights"], told
     return "went on", False, told
 
 
@@ -131,24 +127,27 @@ def test_fp16_may_skip_steps_but_not_for_ever() -> None:
 
 def ask_one_rank_to_stop(raw: dict[str, Any], number: int) -> tuple[str, int, bool]:
     """Signal rank 1 alone after its second step; how the loop ended, steps saved, handlers given back."""
-    run = make_run(raw, world_size=dist.get_world_size())
-    groups = join(run.layout)
-    data = open_run_data(run, groups)
-    engine = make_engine(run, make_plan(run, groups), groups)
-    feed = Feed(data.train, run, groups, consumed_samples=0)
     saved: list[int] = []
 
     class Signaller:
         def write(self, record: Any) -> None:
-            if record.step == 2 and groups.rank == 1:
+            if record.step == 2 and dist.get_rank() == 1:
                 os.kill(os.getpid(), number)
 
         def close(self) -> None: ...
 
     before = signal.getsignal(number)
-    loop = Loop(run=run, engine=engine, feed=feed, evaluate=dict, save=saved.append, sinks=[Signaller()])
-    outcome = loop.train(0)
-    feed.close()
+    with opened(raw) as here:
+        loop = Loop(
+            run=here.run,
+            engine=here.engine,
+            feed=here.feed,
+            evaluate=dict,
+            test=dict,
+            save=saved.append,
+            sinks=[Signaller()],
+        )
+        outcome = loop.train(0)
     return outcome.name, saved[-1], signal.getsignal(number) == before
 
 

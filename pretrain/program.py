@@ -1,0 +1,48 @@
+"""What all programs that the `deepspeed` launcher starts have in common: their words, and how a mistake is told.
+
+The launcher puts ``--local_rank=N`` first; the variable LOCAL_RANK says the same.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from data_tools.errors import DataError
+from model_providers.errors import ModelError
+from pretrain.config_io import Run, load_run
+from pretrain.errors import RunError
+
+USAGE_EXIT_CODE = 2
+
+
+def rank_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=name, description=description, allow_abbrev=False)
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    return parser
+
+
+def add_run_words(parser: argparse.ArgumentParser) -> None:
+    """RUN.yaml, ``key=value`` words and a DeepSpeed JSON: what `load_on_rank` reads."""
+    parser.add_argument("run", help="run file (YAML)")
+    parser.add_argument("words", nargs="*", metavar="key=value", help="overrides of the run file")
+    parser.add_argument(
+        "--deepspeed_config", metavar="FILE", help="DeepSpeed JSON; overrides the run file's `deepspeed`"
+    )
+
+
+def load_on_rank(words: argparse.Namespace) -> Run:
+    """The run that the words name, for the world that the launcher made."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    return load_run(words.run, words.words, world_size=world_size, deepspeed_config=words.deepspeed_config)
+
+
+def exit_code(name: str, work: Callable[[], object]) -> int:
+    """0 when ``work`` is done; 2 on a user's mistake, with one line from the first rank."""
+    try:
+        work()
+    except (RunError, ModelError, DataError) as mistake:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{name}: {mistake}", file=sys.stderr)
+        return USAGE_EXIT_CODE
+    return 0
