@@ -81,7 +81,7 @@ def verify(
         found = list(verifying.faults(prefix, tokenizer=tokenizer))
         num_faults += len(found)
         for line in found or ["ok"]:
-            print(f"{prefix}: {line}")
+            print(f"{prefix}: {line.removeprefix(f'corpus={prefix}: ')}")
     if num_faults:
         raise typer.Exit(FAULTS_EXIT_CODE)
 

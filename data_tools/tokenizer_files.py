@@ -8,6 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from data_tools.errors import DataError
+from data_tools.hub_access import stay_offline_if_out_of_reach
 
 logger = logging.getLogger(__name__)
 
@@ -112,13 +113,15 @@ def _lower_cases(vocab: Path, pieces: dict[str, int]) -> bool:
 
 
 def _from_hub(name: str) -> Tokenizer:
-    logger.warning("tokenizer=%s is no file here: asking the Hugging Face hub for it", name)
+    obstacle = stay_offline_if_out_of_reach()
+    if obstacle is None:
+        logger.warning("tokenizer=%s is no file here: asking the Hugging Face hub for it", name)
     try:
         return Tokenizer.from_pretrained(name)
     except Exception as error:  # network, name and file errors all arrive as bare Exception
         raise DataError(
             f"tokenizer={name}: no such file here, and the Hugging Face hub did not give it "
-            f"({_first_line(error)}); give {KINDS}"
+            f"({obstacle or _first_line(error)}); give {KINDS}"
         ) from None
 
 

@@ -37,7 +37,7 @@ COMMANDS = {
     "parity": Command(
         "launch.parity", "train a run file's model in its layout and in one process, and compare"
     ),
-    "generate": Command("pretrain.generate", "continue a prompt from a checkpoint"),
+    "generate": Command("launch.generate", "continue a prompt from a checkpoint"),
     "config": Command(
         "pretrain.show_config", "print a run's resolved configuration and where each value comes from"
     ),

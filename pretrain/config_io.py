@@ -83,17 +83,18 @@ def load_run(
 ) -> Run:
     """Read and check a run; raises `RunError` with every fault that was found."""
     path = Path(path)
-    raw = read_yaml(path)
+    raw = spelled_out(read_yaml(path))
     origins = {key: path.name for key, _ in leaves(raw)}
     for key, value in parse_words(words):
-        raw = spelled_out(raw)
         try:
             put(raw, key, value)
         except NoSection as section:
             raise RunError(
                 f"{key}={value}: {section} is one value and has no parts; set {section} itself"
             ) from None
-        origins = {k: v for k, v in origins.items() if not k.startswith(f"{key}.")} | {key: "command line"}
+        raw = spelled_out(raw)
+        origins = {k: v for k, v in origins.items() if not k.startswith(f"{key}.")}
+        origins |= {k: "command line" for k, _ in leaves(raw) if k == key or k.startswith(f"{key}.")}
     if deepspeed_config is not None:
         raw["deepspeed"] = deepspeed_config
         origins["deepspeed"] = "command line"
@@ -151,7 +152,7 @@ def _expand_preset(raw: dict[str, Any], origins: dict[str, str]) -> None:
     try:
         preset = get_preset(name).model_dump()
     except ModelError as fault:
-        raise RunError(f"model.preset={name}: {fault}") from None
+        raise RunError(f"model.{fault}") from None
     raw["model"] = {**preset, **stated}
     origins.pop("model.preset", None)
     for key in preset:

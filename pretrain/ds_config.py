@@ -2,7 +2,7 @@
 
 A value may stand in the JSON, in the run file, or in neither; if both state it, they must agree, or the run is
 refused naming both places.  What comes out is complete: no "auto", and every value whose DeepSpeed default
-surprises (clipping 1.0, accumulation in bf16) is written out.
+surprises (clipping 1.0, accumulation and messages in bf16) is written out.
 """
 
 import copy
@@ -115,6 +115,8 @@ def complete(document: dict[str, Any], facts: "Facts") -> dict[str, Any]:
         full["bf16"].setdefault("check_grad_overflow", True)
     accumulate = facts.accumulate if facts.dtype != "fp32" else "fp32"
     full["data_types"] = {**_section(full, "data_types"), "grad_accum_dtype": accumulate}
+    # A sum over ranks is part of the sum; DeepSpeed would send bf16 and round it once more.
+    full["communication_data_type"] = _filled(full, "communication_data_type", accumulate)
     full["tensorboard"] = {
         "enabled": facts.tensorboard,
         "output_path": _filled(full, "tensorboard.output_path", facts.folder),

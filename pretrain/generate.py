@@ -49,6 +49,7 @@ class Generator:
         """``prompt`` and up to ``num_tokens`` tokens more; ends early at the end-of-document token."""
         ids = self.tokenizer.encode_batch([prompt])[0]
         prompt_ids = [int(i) for i in ids] or [self.tokenizer.end_of_document]
+        self._check_length(len(prompt_ids) + num_tokens)
         cache = generation_cache(self.model, batch_size=1, max_length=len(prompt_ids) + num_tokens)
         random = torch.Generator(self.device).manual_seed(sampling.seed)
         new: list[int] = []
@@ -61,6 +62,14 @@ class Generator:
             new.append(token)
             step = torch.tensor([[token]], device=self.device)
         return prompt + self.tokenizer.decode(new)
+
+    def _check_length(self, length: int) -> None:
+        limit = self.model.max_sequence_length
+        if self.model.position_embedding == "learned" and length > limit:
+            raise RunError(
+                f"prompt and --tokens: {length} tokens together, but the learned positions end at "
+                f"model.max_sequence_length={limit}; shorten either"
+            )
 
 
 def choose(logits: torch.Tensor, sampling: Sampling, random: torch.Generator) -> int:
@@ -114,41 +123,12 @@ def whole_checkpoint(path: Path) -> Path:
     raise RunError(f"checkpoint={path}: damaged, and there is no whole one beside it; see above")
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="megaloom generate", description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="a run's folder, or one checkpoint's")
-    parser.add_argument(
-        "--prompt", action="append", required=True, help="text to continue; may be given several times"
-    )
-    parser.add_argument("--tokens", type=int, default=64, help="at most this many new tokens")
-    parser.add_argument("--samples", type=int, default=1, help="continuations of each prompt")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 means greedy")
-    parser.add_argument("--greedy", action="store_true", help="the same as --temperature 0")
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    words = parser.parse_args(argv)
-    check_words(words)
+def speak(words: argparse.Namespace) -> None:
+    """Print the continuations that ``megaloom generate`` was asked for (`launch.generate` has the words)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = load_generator(words.checkpoint, device)
+    temperature = 0.0 if words.greedy else words.temperature
     for prompt in words.prompt:
         for sample in range(words.samples):
-            temperature = 0.0 if words.greedy else words.temperature
             sampling = Sampling(temperature, words.top_k, words.top_p, words.seed + sample)
             print(generator.continue_text(prompt, num_tokens=words.tokens, sampling=sampling))
-
-
-def check_words(words: argparse.Namespace) -> None:
-    for name, value, sound, limit in (
-        ("--temperature", words.temperature, words.temperature >= 0, "0 (greedy) or more"),
-        ("--top-k", words.top_k, words.top_k >= 0, "0 (all tokens) or more"),
-        ("--top-p", words.top_p, 0 < words.top_p <= 1, "above 0, at most 1"),
-        ("--tokens", words.tokens, words.tokens >= 1, "1 or more"),
-        ("--samples", words.samples, words.samples >= 1, "1 or more"),
-    ):
-        if not sound:
-            raise RunError(f"{name}={value}: must be {limit}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

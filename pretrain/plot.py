@@ -1,6 +1,7 @@
 """`megaloom plot`: a run's loss curve, or a run file's learning rate, as a PNG."""
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from pretrain.errors import RunError
 from pretrain.optim import learning_rate_factor
 
 INK, MUTED, ACCENTS = "#1f2430", "#9aa5b1", ("#d1495b", "#2e86ab", "#3d9970", "#8d5fd3")
-SMOOTHING = 0.9  # of the thick line; the thin one is every step as it was
+SMOOTHED_SHARE = 0.03  # of all steps: the window of the thick line; the thin one is every step as it was
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -28,9 +29,11 @@ def main(argv: list[str] | None = None) -> None:
     loss.add_argument("runs", nargs="+", type=Path, help="run folders")
     loss.add_argument("--out", type=Path, help="PNG (default: loss.png in the first folder)")
     rate = kinds.add_parser("lr", help="the learning rate of a run file, step by step")
-    rate.add_argument("run", type=Path)
-    rate.add_argument("words", nargs="*", metavar="key=value")
-    rate.add_argument("--out", type=Path, default=Path("lr.png"))
+    rate.add_argument("run", type=Path, help="run file (YAML)")
+    rate.add_argument(
+        "words", nargs="*", metavar="key=value", help="overrides, such as schedule.warmup_steps=100"
+    )
+    rate.add_argument("--out", type=Path, default=Path("lr.png"), help="PNG (default: lr.png in this folder)")
     words = parser.parse_args(argv)
     out = (words.out or words.runs[0] / "loss.png") if words.kind == "loss" else words.out
     if words.kind == "loss":
@@ -57,7 +60,7 @@ def draw_losses(runs: dict[str, list[dict[str, Any]]], out: Path) -> None:
         steps, losses = zip(*[(r["step"], r["loss"]) for r in records if "loss" in r], strict=True)
         axes.plot(steps, losses, color=colour, linewidth=0.8, alpha=0.35)
         label = "training" if len(runs) == 1 else name
-        axes.plot(steps, smoothed(losses), color=colour, linewidth=2.0, label=label)
+        axes.plot(steps, smoothed(losses), color=colour, linewidth=2.0, label=f"{label} (smoothed)")
         for key in sorted({key for record in records for key in record if key.startswith("eval/")}):
             points = [(record["step"], record[key]) for record in records if key in record]
             title = (
@@ -89,6 +92,8 @@ def draw_learning_rate(run_file: Path, words: Sequence[str], out: Path) -> None:
     figure, axes = new_axes("optimizer step", "learning rate")
     rates = [run.config.optimizer.lr * learning_rate_factor(schedule, step, total) for step in range(total)]
     axes.plot(range(1, total + 1), rates, color=ACCENTS[0], linewidth=2.0, label=schedule.kind)
+    axes.set_ylim(bottom=0)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
     axes.legend(frameon=False)
     write(figure, out)
 
@@ -103,12 +108,11 @@ def new_axes(x: str, y: str) -> tuple[Any, Any]:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Exponential moving average, corrected for its start (Kingma & Ba 2015, section 3)."""
-    average, result = 0.0, []
-    for count, value in enumerate(values, start=1):
-        average = SMOOTHING * average + (1 - SMOOTHING) * value
-        result.append(average / (1 - SMOOTHING**count))
-    return result
+    """Each value's mean with its neighbours, as many before it as behind it, so that nothing lags."""
+    reach = round(SMOOTHED_SHARE * len(values) / 2)
+    sums = [0.0, *itertools.accumulate(values)]
+    near = [min(reach, place, len(values) - 1 - place) for place in range(len(values))]
+    return [(sums[i + n + 1] - sums[i - n]) / (2 * n + 1) for i, n in enumerate(near)]
 
 
 def write(figure: Any, out: Path) -> None:

@@ -19,10 +19,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """A run file as a nested dict; one line if it is missing or broken."""
     try:
         raw = yaml.load(path.read_text("utf-8"), Loader=_StrictLoader)
-    except (FileNotFoundError, IsADirectoryError):
-        raise RunError(f"{path}: no such run file{_nearby(path)}") from None
+    except FileNotFoundError:
+        raise RunError(f"{path}: no such run file{_shipped()}") from None
+    except IsADirectoryError:
+        raise RunError(f"{path}: is a folder; give a run file{_shipped()}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as fault:
-        raise RunError(f"{path}: not valid YAML: {' '.join(str(fault).split())}") from None
+        raise RunError(f"{path}: not valid YAML: {_told(fault)}") from None
     if not isinstance(raw, dict):
         raise RunError(f"{path}: must hold keys and values, such as `model: {{preset: demo}}`")
     return raw
@@ -37,7 +39,12 @@ def parse_words(words: Iterable[str]) -> Iterable[tuple[str, Any]]:
         try:
             yield key, yaml.load(value, Loader=_StrictLoader)
         except yaml.YAMLError as fault:
-            raise RunError(f"{word!r}: the value is not valid YAML: {' '.join(str(fault).split())}") from None
+            raise RunError(f"{word!r}: the value is not valid YAML: {_told(fault)}") from None
+
+
+def _told(fault: yaml.YAMLError | UnicodeDecodeError) -> str:
+    mark, problem = getattr(fault, "problem_mark", None), getattr(fault, "problem", None)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark and problem else str(fault)
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -126,7 +133,7 @@ def _strict_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, 
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _strict_mapping)
 
 
-def _nearby(path: Path) -> str:
+def _shipped() -> str:
     shipped = sorted(Path(str(resources.files("pretrain").joinpath("runs"))).glob("*.yaml"))
     names = [f"{file.parent.parent.name}/runs/{file.name}" for file in shipped]
     return f"; there are {', '.join(names)}" if names else ""

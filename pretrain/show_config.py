@@ -2,42 +2,63 @@
 
 import argparse
 import json
-import os
 import sys
 
 from rich.console import Console
 from rich.table import Table
 
-from pretrain.config_io import Run, load_run
-from pretrain.nested import leaves
+from pretrain.config_io import Run, find_deepspeed_json, load_run
+from pretrain.ds_config import AUTO, PAIRS, read_json
+from pretrain.nested import get, leaves
+
+ALSO_NAMED = {
+    "bf16.enabled": "precision.dtype",
+    "fp16.enabled": "precision.dtype",
+    "communication_data_type": "precision.accumulate",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="megaloom config", description=__doc__, allow_abbrev=False)
     parser.add_argument("run", help="run file (YAML)")
-    parser.add_argument("words", nargs="*", metavar="key=value")
+    parser.add_argument("words", nargs="*", metavar="key=value", help="overrides of the run file")
+    parser.add_argument("--ranks", type=int, default=1, help="size of the world (default: 1)")
     parser.add_argument(
-        "--ranks", type=int, default=int(os.environ.get("WORLD_SIZE", "1")), help="size of the world"
+        "--deepspeed_config", metavar="FILE", help="DeepSpeed JSON; overrides the run file's `deepspeed`"
     )
-    parser.add_argument("--deepspeed_config", metavar="FILE")
     parser.add_argument("--json", action="store_true", help="print the DeepSpeed JSON alone")
     words = parser.parse_intermixed_args(argv)
     run = load_run(words.run, words.words, world_size=words.ranks, deepspeed_config=words.deepspeed_config)
-    document = json.dumps(run.deepspeed, indent=2)
     if words.json:
-        print(document)
+        print(json.dumps(run.deepspeed, indent=2))
         return
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(value_table(run))
-    console.print("\n[bold]DeepSpeed JSON[/bold]")
-    console.print(document, markup=False)
+    console.print(json_table(run))
 
 
 def value_table(run: Run) -> Table:
     """One row per value: key, value, origin."""
-    table = Table("key", "value", "from", title=f"{run.config.name} on {run.layout.world_size} ranks")
+    table = Table("key", "value", "from", title=f"{run.config.name}, world size {run.layout.world_size}")
     for key, value in leaves(json.loads(run.config.model_dump_json())):
         table.add_row(key, json.dumps(value), origin(run, key))
+    return table
+
+
+def json_table(run: Run) -> Table:
+    """The same for what DeepSpeed is given."""
+    path = find_deepspeed_json(run.config.deepspeed)
+    stated = read_json(path)
+    named_in_run = {pair.json_key: pair.run_key for pair in PAIRS} | ALSO_NAMED
+    table = Table("key", "value", "from", title=f"DeepSpeed JSON, as it is after {path.name} is filled")
+    for key, value in leaves(dict(run.deepspeed)):
+        if get(stated, key) not in (None, AUTO):
+            source = path.name
+        elif key in named_in_run:
+            source = f"{named_in_run[key]} ({origin(run, named_in_run[key])})"
+        else:
+            source = "Megaloom"
+        table.add_row(key, json.dumps(value), source)
     return table
 
 

@@ -5,11 +5,14 @@ The only module that imports `datasets`, which costs a second: `corpora.READERS`
 
 from collections.abc import Iterator
 
-import datasets
-
 from data_tools.documents import MISSING_FIELD, Block, no_field, skipped
 from data_tools.errors import DataError
+from data_tools.hub_access import stay_offline_if_out_of_reach
 from data_tools.readers.source import HUB_PREFIX, ReadOptions, Source
+
+OBSTACLE = stay_offline_if_out_of_reach()
+
+import datasets  # noqa: E402  it reads whether to stay offline when it is imported
 
 ROWS_PER_BLOCK = 512
 
@@ -39,7 +42,8 @@ def load(source: Source) -> datasets.Dataset:
     try:
         return datasets.load_dataset(name, config, split=split)
     except Exception as error:  # network, name, split and script errors come in a dozen unrelated classes
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        reason = f"{OBSTACLE}; {said}" if OBSTACLE else said
         raise DataError(
             f"input={source.name} cannot be loaded ({reason}): check the name and the split, "
             f"or download it and give its files or its saved folder"

@@ -10,7 +10,7 @@ from rich.table import Table
 from model_providers.layer_plan import LayerPlan
 from pretrain.config_io import Run
 from pretrain.engine.base import Engine
-from pretrain.monitor.sinks import short
+from pretrain.monitor.sinks import counted, short
 
 
 def show(
@@ -37,22 +37,22 @@ def facts(run: Run, engine: Engine, *, resumed: Path | None) -> Iterable[tuple[s
     yield "run", f"{config.name}, writes into {run.folder}"
     yield (
         "model",
-        f"{short(run.parameters)} parameters: {model.num_layers} layers, width {model.hidden_size}, "
-        f"{model.num_attention_heads} heads ({model.kv_heads} key/value), vocabulary {model.vocab_size} "
+        f"{short(run.parameters)} parameters: {counted(model.num_layers, 'layer')}, width {model.hidden_size}, "
+        f"{counted(model.num_attention_heads, 'head')} ({model.kv_heads} key/value), vocabulary {model.vocab_size} "
         f"(padded {model.padded_vocab_size})",
     )
     sequence = " with sequence parallelism" if layout.sequence_parallel else ""
     yield (
         "layout",
-        f"{layout.world_size} ranks: tp={layout.tp}{sequence}, pp={layout.pp}, dp={layout.dp}, "
+        f"{counted(layout.world_size, 'rank')}: tp={layout.tp}{sequence}, pp={layout.pp}, dp={layout.dp}, "
         f"ZeRO stage {run.zero_stage}",
     )
     yield (
         "batch",
-        f"{run.global_size} samples = micro {run.micro_size} x accumulation {run.num_micro_batches} x dp "
+        f"{counted(run.global_size, 'sample')} = micro {run.micro_size} x accumulation {run.num_micro_batches} x dp "
         f"{layout.dp}; "
         f"{short(run.tokens_per_step)} tokens per step, {short(run.tokens_per_step * config.train.steps)} "
-        f"in {config.train.steps} steps",
+        f"in {counted(config.train.steps, 'step')}",
     )
     clipping = run.deepspeed["gradient_clipping"]
     yield (
@@ -86,7 +86,7 @@ def stage_table(plan: LayerPlan, bounds: Sequence[int]) -> Table:
             str(stage),
             layers[0].name if len(layers) == 1 else f"{layers[0].name} .. {layers[-1].name}",
             short(sum(layer.cost.parameters for layer in layers)),
-            f"{totals[stage] / 1e9:.3g}",
+            f"{totals[stage] / 1e9:.2g}",
             f"{totals[stage] / sum(totals):.0%}",
         )
     return table

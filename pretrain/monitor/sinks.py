@@ -146,6 +146,11 @@ def short(value: float) -> str:
     return f"{value:.3g}"
 
 
+def counted(number: int, thing: str) -> str:
+    """1, 'layer' -> '1 layer'; 2 -> '2 layers'."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def duration(seconds: float) -> str:
     """3725.0 -> '1h02m'."""
     minutes, rest = divmod(round(seconds), 60)

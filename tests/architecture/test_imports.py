@@ -42,6 +42,7 @@ WITHOUT_TORCH = (
     "pretrain.plot",
     "launch.__main__",
     "launch.run",
+    "launch.generate",
     "launch.parity",
 )
 

@@ -75,7 +75,7 @@ def test_a_mistake_is_told_in_one_plain_line(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model: {preset: tiny", r"not valid YAML"),
+        ("model: {preset: tiny\n  x: [\n", r"not valid YAML: line 2, column 4: expected ',' or '}'"),
         ("- a\n- b\n", r"must hold keys and values"),
         ("train: {steps: 1}\ntrain: {steps: 2}\n", r"the key 'train' stands twice"),
     ],
@@ -91,6 +91,8 @@ def test_a_broken_run_file_is_one_line(tmp_path: Path, text: str, message: str) 
 def test_a_missing_run_file_names_those_that_ship() -> None:
     with pytest.raises(RunError, match=r"no/run\.yaml: no such run file; there are .*demo\.yaml"):
         load_run("no/run.yaml", world_size=1)
+    with pytest.raises(RunError, match=r"tests: is a folder; give a run file; there are .*demo\.yaml"):
+        load_run("tests", world_size=1)
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,7 @@ def test_defaults_that_surprise_are_written_out(with_json: Any) -> None:
     )
     assert run.deepspeed["gradient_clipping"] == 0.0
     assert run.deepspeed["data_types"]["grad_accum_dtype"] == "fp32"
+    assert run.deepspeed["communication_data_type"] == "fp32"
     assert run.deepspeed["bf16"]["check_grad_overflow"] is True
     assert run.deepspeed["pipeline"] == {"pipe_partitioned": False, "grad_partitioned": False}
 

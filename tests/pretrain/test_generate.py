@@ -1,12 +1,8 @@
 """Sampling from logits, and what `megaloom generate` refuses."""
 
-from pathlib import Path
-
-import pytest
 import torch
 
-from pretrain.errors import RunError
-from pretrain.generate import Sampling, choose, main
+from pretrain.generate import Sampling, choose
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0])
 
@@ -42,20 +38,3 @@ def test_probabilities_are_those_of_the_softmax() -> None:
     for _ in range(4000):
         counts[choose(LOGITS.clone(), Sampling(temperature=0.5), random)] += 1
     assert torch.allclose(counts / 4000, (LOGITS / 0.5).softmax(-1), atol=0.02)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--temperature", "-1"], "--temperature=-1.0: must be 0 (greedy) or more"),
-        (["--top-k", "-1"], "--top-k=-1"),
-        (["--top-p", "1.5"], "--top-p=1.5: must be above 0, at most 1"),
-        (["--tokens", "0"], "--tokens=0: must be 1 or more"),
-        (["--samples", "0"], "--samples=0"),
-        ([], "no checkpoint there; give a run's folder"),
-    ],
-)
-def test_a_mistake_is_one_line(tmp_path: Path, words: list[str], message: str) -> None:
-    with pytest.raises(RunError) as refused:
-        main([str(tmp_path), "--prompt", "x", *words])
-    assert message in str(refused.value)
