@@ -15,35 +15,41 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 
-BUILD = pytest.StashKey["subprocess.Popen[bytes]"]()
+# Kernels by the marker of the tests that need them; the second takes minutes, so it is left to idle cores.
+BUILDS = {"ranks": "kernels()", "nvme": "os.nice(10); asynchronous_io()"}
+RUNNING = pytest.StashKey[dict[str, "subprocess.Popen[bytes]"]]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start ranks come last: until then their kernels are being compiled."""
-    items.sort(key=starts_ranks)
+    """Tests that need compiled kernels come last."""
+    items.sort(key=lambda item: [is_marked(item, marker) for marker in reversed(BUILDS)])
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Compile beside the first tests, so that no test's own time limit pays for it."""
-    if any(map(starts_ranks, session.items)) and not session.config.option.collectonly:
-        code = "from tests.conftest import compile_kernels; compile_kernels()"
-        session.config.stash[BUILD] = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", code], env={**os.environ, **CPU_ONLY_ENVIRONMENT}
+    session.config.stash[RUNNING] = {
+        marker: subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", f"import os; from tests.compile import *; {code}"],
+            env={**os.environ, **CPU_ONLY_ENVIRONMENT},
         )
+        for marker, code in BUILDS.items()
+        if any(is_marked(item, marker) for item in session.items) and not session.config.option.collectonly
+    }
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if starts_ranks(item):
-        assert item.config.stash[BUILD].wait() == 0, "a kernel that the tests need did not compile"
+    for marker, build in item.config.stash[RUNNING].items():
+        if is_marked(item, marker):
+            assert build.wait() == 0, f"what tests marked {marker} need did not compile"
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if BUILD in session.config.stash:
-        session.config.stash[BUILD].terminate()
+    for build in session.config.stash.get(RUNNING, {}).values():
+        build.terminate()
 
 
-def starts_ranks(item: pytest.Item) -> bool:
-    return item.get_closest_marker("ranks") is not None
+def is_marked(item: pytest.Item, marker: str) -> bool:
+    return item.get_closest_marker(marker) is not None
 
 
 @pytest.fixture(scope="session")
@@ -64,19 +70,3 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 def out(tmp_path: Path) -> Path:
     """A folder for runs; not made yet."""
     return tmp_path / "out"
-
-
-def compile_kernels() -> None:
-    """DeepSpeed's kernels that the tests use; a minute or two each on a fresh machine."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder, CPULionBuilder
-    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-
-    from pretrain.engine.native_builds import build_obstacle
-    from pretrain.engine.preflight import libaio_is_there
-
-    builders = [ShareMemCommBuilder(), CPUAdamBuilder(), CPULionBuilder()]
-    if libaio_is_there():
-        builders.append(AsyncIOBuilder())
-    for builder in builders:
-        obstacle = build_obstacle(builder, tell=True)
-        assert obstacle is None, obstacle

@@ -1,4 +1,4 @@
-"""DeepSpeed's kernels that are compiled at first use: one build at a time, and none that waits for a dead one.
+"""DeepSpeed's kernels that are compiled at first use: each by one process, and none that waits for a dead one.
 
 torch serialises these builds by a file named `lock`.  A process that is killed while it compiles leaves it there,
 and every later run would wait for it for ever, without a word.  Ours build under a lock that the system releases
@@ -22,7 +22,6 @@ from torch.utils.cpp_extension import get_default_build_root
 from pretrain.engine.quiet import without_stdout
 
 EXTENSIONS = "TORCH_EXTENSIONS_DIR"  # torch's own variable
-OURS = ".megaloom-builds.lock"
 COMPILERS_WORDS = re.compile(r"\berror: |: not found|No such file|cannot find|is required")
 YOUNG_S = 5.0  # another program may have taken its lock just now, and not started its compiler yet
 
@@ -30,7 +29,7 @@ YOUNG_S = 5.0  # another program may have taken its lock just now, and not start
 def build_obstacle(builder: OpBuilder, *, tell: bool = False) -> str | None:
     """Compile a kernel if need be, and load it: None, or the compiler's first error."""
     try:
-        with building_alone():
+        with building_alone(builder.name):
             if tell and not is_built(builder):
                 line = (
                     f"compiling DeepSpeed's {builder.name}: once on this machine, it takes a minute or more"
@@ -44,11 +43,11 @@ def build_obstacle(builder: OpBuilder, *, tell: bool = False) -> str | None:
 
 
 @contextlib.contextmanager
-def building_alone() -> Iterator[None]:
-    """No other process of ours compiles meanwhile, and no left-over lock is in the way."""
+def building_alone(kernel: str) -> Iterator[None]:
+    """No other process of ours compiles ``kernel`` meanwhile, and no left-over lock is in the way."""
     extensions_root().mkdir(parents=True, exist_ok=True)
-    with FileLock(extensions_root() / OURS), _own_environment():
-        clear_stale_build_locks()
+    with FileLock(extensions_root() / f".megaloom-{kernel}.lock"), _own_environment():
+        clear_stale_build_locks(kernel)
         yield
 
 
@@ -73,17 +72,14 @@ def _own_environment() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def clear_stale_build_locks() -> list[Path]:
-    """Wait for torch's locks of builds that still go on, and remove those that nobody works on; returns the latter."""
-    stale = []
-    for lock in extensions_root().glob("**/lock"):
+def clear_stale_build_locks(kernel: str) -> None:
+    """Wait for torch's lock of a build that still goes on, and remove one that nobody works on."""
+    for lock in extensions_root().glob(f"**/{kernel}/lock"):
         while lock.exists():
             if _age_s(lock) > YOUNG_S and not _is_worked_in(lock.parent):
                 lock.unlink(missing_ok=True)
-                stale.append(lock)
             else:
                 time.sleep(0.1)
-    return stale
 
 
 def extensions_root() -> Path:

@@ -35,6 +35,7 @@ def test_cpu_offload_computes_what_one_process_does(
     assert_same(trace, one_process(STEPS))
 
 
+@pytest.mark.nvme
 @pytest.mark.ranks
 @pytest.mark.timeout(COMPILE_S)
 @pytest.mark.skipif(not libaio_is_there(), reason="needs libaio (apt install libaio-dev)")

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 from deepspeed.ops.op_builder.builder import OpBuilder
+from filelock import FileLock
 
 from pretrain.engine import native_builds, preflight
 from pretrain.engine.native_builds import build_obstacle, building_alone, first_error
@@ -40,7 +41,7 @@ def lock_in(folder: Path, *, age_s: float) -> Path:
 
 def test_a_lock_of_a_killed_build_is_removed(extensions: Path) -> None:
     lock = lock_in(extensions / "cpu_adam", age_s=60)
-    with building_alone():
+    with building_alone("cpu_adam"):
         assert not lock.exists()
 
 
@@ -48,8 +49,14 @@ def test_a_young_lock_is_given_time(extensions: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(native_builds, "YOUNG_S", 0.5)
     lock = lock_in(extensions / "cpu_adam", age_s=0)
     started_s = time.monotonic()
-    with building_alone():
+    with building_alone("cpu_adam"):
         assert not lock.exists() and time.monotonic() - started_s > 0.3
+
+
+def test_another_kernels_build_is_not_waited_for(extensions: Path) -> None:
+    other = lock_in(extensions / "async_io", age_s=0)
+    with FileLock(extensions / ".megaloom-async_io.lock"), building_alone("cpu_adam"):
+        assert other.exists()
 
 
 def test_compilers_that_outlive_their_builder_are_waited_for(extensions: Path) -> None:
@@ -57,7 +64,7 @@ def test_compilers_that_outlive_their_builder_are_waited_for(extensions: Path) -
     lock = lock_in(extensions / "cpu_adam", age_s=60)
     compiler = psutil.Popen([sys.executable, "-c", "import time; time.sleep(2)"], cwd=lock.parent)
     threading.Thread(target=compiler.wait).start()
-    with building_alone():
+    with building_alone("cpu_adam"):
         assert not compiler.is_running() and not lock.exists()
 
 
@@ -65,7 +72,7 @@ def test_ninja_is_the_one_beside_this_python_without_activation(
     extensions: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    with building_alone():
+    with building_alone("cpu_adam"):
         assert shutil.which("ninja") == str(Path(sys.executable).with_name("ninja"))
     assert os.environ["PATH"] == "/usr/bin:/bin"
 
@@ -81,7 +88,7 @@ def test_another_environment_builds_into_another_folder(monkeypatch: pytest.Monk
 def test_a_killed_builder_blocks_nobody(extensions: Path) -> None:
     code = (
         "import time; from pretrain.engine.native_builds import building_alone\n"
-        "with building_alone(): print('in', flush=True); time.sleep(60)"
+        "with building_alone('cpu_adam'): print('in', flush=True); time.sleep(60)"
     )
     environment = {**os.environ, **CPU_ONLY_ENVIRONMENT}
     holder = subprocess.Popen(
@@ -90,7 +97,7 @@ def test_a_killed_builder_blocks_nobody(extensions: Path) -> None:
     assert holder.stdout is not None and holder.stdout.readline() == "in\n"
     holder.kill()
     holder.communicate()
-    with building_alone():
+    with building_alone("cpu_adam"):
         pass
 
 
