@@ -41,6 +41,7 @@ COMMANDS = {
     "config": Command(
         "pretrain.show_config", "print a run's resolved configuration and where each value comes from"
     ),
+    "schedule": Command("launch.schedule", "draw a pipeline schedule, its bubble and its memory"),
     "plot": Command("pretrain.plot", "draw a run's loss curve, or a learning-rate schedule, to a PNG"),
 }
 

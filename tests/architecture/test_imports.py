@@ -43,6 +43,10 @@ WITHOUT_TORCH = (
     "launch.__main__",
     "launch.run",
     "launch.generate",
+    "launch.schedule",
+    "pretrain.engine.schedules.catalogue",
+    "pretrain.engine.schedules.check",
+    "pretrain.engine.schedules.draw",
     "launch.parity",
 )
 
