@@ -14,7 +14,7 @@ import torch
 from megatron.core.extensions import transformer_engine as mcore_te
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -24,6 +24,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from model_providers.errors import ModelError
+from model_providers.linears import (
+    ColumnLinear,
+    RowLinear,
+    WideColumnLinear,
+    WideRowLinear,
+    cpu_multiplies_bf16,
+)
 from model_providers.portable import (
     CoreAttention,
     GatedActivation,
@@ -32,7 +39,6 @@ from model_providers.portable import (
     RotatedSelfAttention,
     attend,
 )
-from model_providers.widened import WidenedColumnLinear, WidenedRowLinear, cpu_multiplies_bf16
 
 logger = logging.getLogger(__name__)
 
@@ -126,11 +132,13 @@ def apex_obstacle() -> str | None:
 
 def torch_kernels(device: str = "cpu") -> Kernels:
     norm: Any = Norm
-    name, column, row = "torch", ColumnParallelLinear, RowParallelLinear
+    column: Any
+    row: Any
+    name, column, row = "torch", ColumnLinear, RowLinear
     if device == "cuda" and apex_obstacle() is None:
         norm, name = _apex_or_torch_norm, "torch with apex norms"
     if device == "cpu" and not cpu_multiplies_bf16():
-        column, row = WidenedColumnLinear, WidenedRowLinear
+        column, row = WideColumnLinear, WideRowLinear
     return Kernels(
         name=name,
         norm=norm,

@@ -5,7 +5,7 @@ Ranks are numbered with tensor fastest and pipeline slowest, which is megatron-c
 DeepSpeed's (pipe, data, model) alike, so one numbering serves both libraries.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -32,10 +32,21 @@ class Layout(BaseModel):
     sequence_parallel: bool = (
         False  # norms and dropout on sequence shards (Korthikanti et al. 2022, arXiv:2205.05198)
     )
+    chunks: int = Field(default=1, gt=0)  # runs of layers on each pipeline rank
+    placement: Literal["loop", "v"] = "loop"  # where they live; v: down the ranks and back up
 
     @property
     def world_size(self) -> int:
         return self.tp * self.dp * self.pp
+
+    @property
+    def virtual_stages(self) -> int:
+        return self.pp * self.chunks
+
+    @property
+    def loss_stage(self) -> int:
+        """The pipeline coordinate of the ranks that compute the loss."""
+        return 0 if self.placement == "v" else self.pp - 1
 
     @property
     def shards_sequence(self) -> bool:
@@ -102,9 +113,15 @@ def layout_problems(model: ModelConfig, layout: Layout, sequence_length: int) ->
             f"{model.max_sequence_length}; raise that, or use rotary positions"
         )
     stages = model.num_layers + 3  # embedding, blocks, final norm, head
-    if layout.pp > stages:
+    if layout.virtual_stages > stages:
+        chunked = f" x layout.chunks={layout.chunks}" if layout.chunks > 1 else ""
+        most = (
+            f"layout.chunks={stages // layout.pp}"
+            if layout.chunks > 1 and stages >= layout.pp
+            else f"layout.pp={stages}"
+        )
         problems.append(
-            f"layout.pp={layout.pp}: the model has {stages} layers to share out; use layout.pp={stages} or fewer"
+            f"layout.pp={layout.pp}{chunked}: the model has {stages} layers to share out; use {most} or fewer"
         )
     return problems
 

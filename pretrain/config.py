@@ -26,6 +26,11 @@ class LayoutConfig(Facts):
     partition: Literal["parameters", "cost", "uniform"] | tuple[int, ...] = Field(
         "cost", description="how layers go to stages; a list gives each stage's first layer and the end"
     )
+    chunks: int = Field(1, ge=1, description="runs of layers on each pipeline rank (virtual stages)")
+    schedule: str = Field("1f1b", description="of the pipeline; `megaloom schedule --help` has the names")
+    messages: Literal["pair", "batch", "channel"] = Field(
+        "pair", description="what of a rank's messages waits for what, on NCCL; gloo's never wait"
+    )
 
 
 class BatchConfig(Facts):
@@ -173,6 +178,9 @@ class MonitorConfig(Facts):
     """What is told while it runs; TensorBoard's own keys are in the DeepSpeed JSON."""
 
     log_every: int = Field(1, ge=1, description="steps between records")
+    hang_s: float = Field(
+        300.0, ge=0, description="a pipeline rank that waits longer says for what; 0: never"
+    )
     tensorboard: bool = True
     peak_tflops: float | None = Field(
         None, gt=0, description="of one device, for MFU; known devices need none"

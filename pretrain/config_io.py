@@ -18,9 +18,10 @@ from data_tools.errors import DataError
 from data_tools.manifest import load_manifest
 from data_tools.tokenizer import load_tokenizer
 from model_providers.config import ModelConfig
-from model_providers.cost import parameters
+from model_providers.cost import layer_costs, parameters
 from model_providers.errors import ModelError
 from model_providers.layout import Layout
+from model_providers.partition import partition_by
 from model_providers.presets import get_preset
 from pretrain import config_rules, ds_config
 from pretrain.config import RunConfig, spelled_out
@@ -71,6 +72,19 @@ class Run:
     @property
     def largest_shard(self) -> int:
         return largest_shard(self.config.model, self.layout)
+
+    @cached_property
+    def stage_bounds(self) -> tuple[int, ...]:
+        """The first layer of each virtual pipeline stage, and the number of layers."""
+        costs = layer_costs(self.config.model, self.config.data.sequence_length)
+        return tuple(
+            partition_by(
+                self.config.layout.partition,
+                [cost.parameters for cost in costs],
+                [cost.forward_flops_per_token for cost in costs],
+                self.layout.virtual_stages,
+            )
+        )
 
     @cached_property
     def parameters(self) -> int:

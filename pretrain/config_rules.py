@@ -15,6 +15,7 @@ from model_providers.layout import Layout, layout_problems
 from pretrain.checkpoint import store
 from pretrain.config import BatchConfig, RunConfig
 from pretrain.ds_config import optimizer_is_offloaded
+from pretrain.engine.schedules.catalogue import SCHEDULES, schedule_fault
 from pretrain.errors import RunError
 from pretrain.nested import get
 from pretrain.optimizer_rules import OPTIMIZER_RULES, Rule
@@ -51,7 +52,16 @@ def sizes(config: RunConfig, world_size: int, found: list[str]) -> tuple[Layout 
         return None, None
     dp = world_size // model_ranks
     batch = _agree(config.batch, dp, found)
-    return Layout(tp=layout.tp, pp=layout.pp, dp=dp, sequence_parallel=layout.sequence_parallel), batch
+    family = SCHEDULES.get(layout.schedule)
+    whole = Layout(
+        tp=layout.tp,
+        pp=layout.pp,
+        dp=dp,
+        sequence_parallel=layout.sequence_parallel,
+        chunks=layout.chunks,
+        placement=family.style if family is not None and layout.chunks == 2 else "loop",
+    )
+    return whole, batch
 
 
 def faults(run: "Run") -> list[str]:
@@ -122,6 +132,31 @@ def _batch_advice(batch: BatchConfig, dp: int) -> str:
 def sequence_parallel_needs_tp(run: "Run") -> str | None:
     if run.layout.sequence_parallel and run.layout.tp == 1:
         return "layout.sequence_parallel=true with layout.tp=1: there is nothing to split over; use tp > 1, or false"
+    return None
+
+
+def schedule_fits_the_layout(run: "Run") -> str | None:
+    layout = run.config.layout
+    if layout.pp == 1:
+        stated = [f"layout.chunks={layout.chunks}"] if layout.chunks > 1 else []
+        stated += [f"layout.schedule={layout.schedule}"] if layout.schedule != "1f1b" else []
+        if not stated:
+            return None
+        return (
+            f"{', '.join(stated)} with layout.pp=1: there is no pipeline; leave it out, or use layout.pp > 1"
+        )
+    return schedule_fault(
+        layout.schedule, stages=layout.pp, chunks=layout.chunks, num_micro_batches=run.num_micro_batches
+    )
+
+
+def split_backward_needs_our_linears(run: "Run") -> str | None:
+    layout = run.config.layout
+    if run.config.kernels == "te" and layout.schedule in ("zb-h1", "zb-v", "interleaved-zb"):
+        return (
+            f"layout.schedule={layout.schedule} with kernels=te: Transformer Engine's linears compute their weights' "
+            "gradients at once, so nothing is left for the bubble; use kernels=torch, or 1f1b or interleaved"
+        )
     return None
 
 
@@ -218,9 +253,9 @@ def explicit_partition_is_sound(run: "Run") -> str | None:
         return None
     last = run.config.model.num_layers + 3  # embedding, final norm and head stand beside the layers
     rising = all(a < b for a, b in pairwise(bounds))
-    if len(bounds) != run.layout.pp + 1 or bounds[0] != 0 or bounds[-1] != last or not rising:
+    if len(bounds) != run.layout.virtual_stages + 1 or bounds[0] != 0 or bounds[-1] != last or not rising:
         return (
-            f"layout.partition={list(bounds)}: needs {run.layout.pp + 1} rising numbers from 0 to {last} "
+            f"layout.partition={list(bounds)}: needs {run.layout.virtual_stages + 1} rising numbers from 0 to {last} "
             f"(embedding, {run.config.model.num_layers} layers, final norm, head), each the first layer of a "
             "stage"
         )
@@ -249,6 +284,8 @@ def output_folder_can_be_made(run: "Run") -> str | None:
 
 RULES: tuple[Rule, ...] = (
     sequence_parallel_needs_tp,
+    schedule_fits_the_layout,
+    split_backward_needs_our_linears,
     explicit_partition_is_sound,
     pipeline_needs_zero_below_2,
     half_precision_needs_zero,

@@ -11,7 +11,6 @@ from rich.console import Console
 from data_tools.training_data import TrainingData
 from model_providers.families import PLAN_BUILDERS
 from model_providers.layer_plan import LayerPlan, Recompute
-from model_providers.partition import partition_by
 from pretrain.batches import Feed, open_run_data
 from pretrain.checkpoint import save_load, store
 from pretrain.checkpoint.state import RunState, layout_of, model_of
@@ -23,7 +22,8 @@ from pretrain.engine import preflight
 from pretrain.engine.base import Engine
 from pretrain.engine.groups import Groups, join
 from pretrain.engine.layers import tied_names
-from pretrain.engine.pipeline import build_pipeline_engine
+from pretrain.engine.pipeline import PipelineShape, build_pipeline_engine
+from pretrain.engine.schedules.ops import Placement
 from pretrain.engine.zero import build_zero_engine
 from pretrain.errors import RunError
 from pretrain.evaluate import evaluate_all
@@ -112,17 +112,18 @@ def make_engine(run: Run, plan: LayerPlan, groups: Groups) -> Engine:
         ]
     if run.layout.pp == 1:
         return build_zero_engine(plan, groups, **arguments)
-    return build_pipeline_engine(plan, groups, stage_bounds(run, plan), **arguments)
+    return build_pipeline_engine(plan, groups, pipeline_shape(run), **arguments)
 
 
-def stage_bounds(run: Run, plan: LayerPlan) -> list[int]:
-    """The first layer of each pipeline stage, and the number of layers."""
-    costs = [layer.cost for layer in plan.layers]
-    return partition_by(
-        run.config.layout.partition,
-        [cost.parameters for cost in costs],
-        [cost.forward_flops_per_token for cost in costs],
-        run.layout.pp,
+def pipeline_shape(run: Run) -> PipelineShape:
+    """Where the layers lie, and in which order the stages work."""
+    layout, wishes = run.layout, run.config.layout
+    return PipelineShape(
+        schedule=wishes.schedule,
+        placement=Placement(layout.pp, layout.chunks, layout.placement),
+        bounds=run.stage_bounds,
+        messages=wishes.messages,
+        hang_s=run.config.monitor.hang_s,
     )
 
 
@@ -173,8 +174,7 @@ def open_run_log(
     data.tokenizer.save(run.folder / TOKENIZER)
     write_whole(run.folder / "run.yaml", to_yaml(run.config))
     write_whole(run.folder / "deepspeed.json", json.dumps(run.deepspeed, indent=2) + "\n")
-    bounds = stage_bounds(run, plan) if run.layout.pp > 1 else []
-    banner.show(console, run, engine, plan, bounds=bounds, resumed=checkpoint)
+    banner.show(console, run, engine, plan, resumed=checkpoint)
     texts = {"run": to_yaml(run.config), "deepspeed": json.dumps(run.deepspeed, indent=2)}
     return [
         JsonLines(run.folder / "metrics.jsonl", resumed_step=state.step),

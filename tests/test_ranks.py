@@ -6,6 +6,8 @@ import torch.distributed as dist
 
 from tests.ranks import RankError, RankPool
 
+pytestmark = pytest.mark.ranks
+
 
 def _sum_of_ranks(offset: int) -> int:
     value = torch.tensor([dist.get_rank() + offset])

@@ -22,7 +22,7 @@ class RunState:
     step: int  # optimizer steps done
     consumed_samples: int
     tokens: int
-    layout: dict[str, int]  # tp, pp, dp, zero stage: DeepSpeed's files fit no other
+    layout: dict[str, Any]  # tp, pp, dp, zero stage, where layers lie: DeepSpeed's files fit no other
     model: dict[str, Any]
     data_fingerprint: str
     next_samples: str  # hash of the samples that come next
@@ -40,15 +40,17 @@ class RunState:
         return cls(**{field.name: raw[field.name] for field in fields(cls)})
 
 
-def layout_of(run: Run) -> dict[str, int]:
+def layout_of(run: Run) -> dict[str, Any]:
     """What DeepSpeed's files depend on."""
     layout = run.layout
+    pipeline = {"chunks": layout.chunks, "placement": layout.placement, "stages": list(run.stage_bounds)}
     return {
         "tp": layout.tp,
         "pp": layout.pp,
         "dp": layout.dp,
         "sequence_parallel": int(layout.sequence_parallel),
         "zero_stage": run.zero_stage,
+        **(pipeline if layout.pp > 1 else {}),
     }
 
 
@@ -80,5 +82,5 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[tuple[str
     return [(key, theirs.get(key), ours.get(key)) for key in keys if theirs.get(key) != ours.get(key)]
 
 
-def _told(layout: dict[str, int]) -> str:
+def _told(layout: dict[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in layout.items())

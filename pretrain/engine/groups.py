@@ -50,7 +50,7 @@ class Groups:
 
     @property
     def holds_loss(self) -> bool:
-        return self.place.pp == self.layout.pp - 1
+        return self.place.pp == self.layout.loss_stage
 
     def mean_over_dp(self, value: float) -> float:
         """The average of one number over the copies of the model."""

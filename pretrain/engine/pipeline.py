@@ -1,58 +1,109 @@
-"""Training in a pipeline: each rank holds a run of layers, DeepSpeed's 1F1B moves activations between them.
+"""Training in a pipeline: each rank holds one or several runs of layers, and works off a plan that was checked.
 
-`StageModule` and `OneStage` extend DeepSpeed's module and engine by subclass.  What they mend, each with a test:
-partition by our own costs with no empty stage; weights under the plan's names, equal whatever the number of
-stages; tied parameters reduced in whichever attribute the optimizer keeps their gradient; evaluation with
-another micro-batch size.
+`StageModule` and `StageEngine` extend DeepSpeed's module and engine by subclass, with a table of instructions of
+their own: any schedule of `schedules/` runs on the same hundred lines.  What they mend, each with a test: partition by
+our own costs with no empty stage; weights under the plan's names, equal whatever the number of stages or chunks; one
+backward pass for all of a stage's outputs; tied parameters reduced in whichever attribute the optimizer keeps their
+gradient; evaluation with another micro-batch size.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
+from model_providers import weight_gradients
 from model_providers.layer_plan import LayerPlan
 from model_providers.partial_gradients import sum_partial_gradients
 from pretrain.config import OptimizerConfig
 from pretrain.engine.base import Engine, MicroBatch, StepResult
 from pretrain.engine.groups import Groups, assert_same_ranks
-from pretrain.engine.layers import Prepare, Wire, build_layers, run_layers
+from pretrain.engine.layers import BuiltLayer, Prepare, Wire, build_layers, run_layers
+from pretrain.engine.messages import (
+    Arrival,
+    Mailbox,
+    Shape,
+    as_list,
+    as_wire,
+    shapes_of,
+    with_gradient,
+)
 from pretrain.engine.quiet import without_stdout
+from pretrain.engine.schedules.catalogue import FORWARD_ONLY, SCHEDULES
+from pretrain.engine.schedules.check import check
+from pretrain.engine.schedules.ops import Kind, Op, Placement
+from pretrain.engine.schedules.streams import Mode
+from pretrain.engine.schedules.transfers import Message, Plan, Receive, Send, batches, lower
 from pretrain.engine.step_control import StepControl
+from pretrain.engine.waiting import WaitWatch
 from pretrain.monitor.timers import PhaseTimers
 
-Bounds = Sequence[int]  # first layer of each stage, and the number of layers
+
+class PipelineShape(NamedTuple):
+    """How a plan's layers lie on the stages, and in which order they work."""
+
+    schedule: str  # a name of schedules.catalogue
+    placement: Placement
+    bounds: tuple[int, ...]  # first layer of each virtual stage, and the number of layers
+    messages: Mode = "pair"
+    hang_s: float = 0.0  # a rank tells what it waits for after so long; 0: never
 
 
 class StageModule(PipelineModule):
-    """This rank's share of a plan."""
+    """This rank's chunks of a plan."""
 
-    def __init__(self, plan: LayerPlan, groups: Groups, bounds: Bounds, prepare: Sequence[Prepare] = ()):
+    def __init__(
+        self, plan: LayerPlan, groups: Groups, shape: PipelineShape, prepare: Sequence[Prepare] = ()
+    ):
         layout = groups.layout
-        self.plan, self.bounds, self.groups, self.prepare = plan, list(bounds), groups, prepare
+        self.plan, self.shape, self.groups, self.prepare = plan, shape, groups, prepare
         topology = PipeModelDataParallelTopology(num_pp=layout.pp, num_mp=layout.tp, num_dp=layout.dp)
         with without_stdout():  # DeepSpeed prints its partition; ours is in the banner
             super().__init__(layers=plan.layers, topology=topology, loss_fn=plan.loss)
         sum_partial_gradients(self, groups.tp)
 
     def _partition_layers(self, method: str = "uniform") -> None:
-        self.parts = self.bounds
-        self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
+        self.parts = list(self.shape.bounds)
+        self._set_bounds(*self._range(0))
+
+    def _range(self, chunk: int) -> tuple[int, int]:
+        """The first layer of a chunk, and the one after its last."""
+        virtual_stage = self.shape.placement.virtual_stage(self.stage_id, chunk)
+        return self.parts[virtual_stage], self.parts[virtual_stage + 1]
 
     def _build(self) -> None:
-        here = self.plan.layers[self._local_start : self._local_stop]
-        self.built = build_layers(self, here, self.plan.ties, self.prepare)
-        self.forward_funcs = [layer.module for layer in self.built]
+        self.chunks: list[list[BuiltLayer]] = []
+        for chunk in range(self.shape.placement.chunks):
+            start, stop = self._range(chunk)
+            here = self.plan.layers[start:stop]
+            self.chunks.append(build_layers(self, here, self.plan.ties, self.prepare))
+        self.built = [layer for chunk in self.chunks for layer in chunk]
+        self.activate(0)
         for parameter in self.parameters():
             parameter.ds_pipe_replicated = False
 
+    def activate(self, chunk: int) -> None:
+        """Make one chunk what `forward`, and DeepSpeed's checkpoints, are about."""
+        self.active = self.chunks[chunk]
+        self.forward_funcs = [layer.module for layer in self.active]
+        self._set_bounds(*self._range(chunk))
+
+    def stage_owner(self, layer_idx: int) -> int:
+        """The pipeline rank that holds a layer."""
+        virtual_stage = next(i for i in range(len(self.parts) - 1) if layer_idx < self.parts[i + 1])
+        return self.shape.placement.rank(virtual_stage)
+
     def _index_tied_modules(self) -> dict[str, Any]:
-        """Groups of ranks that hold the same tied parameter; the earliest stage's copy counts in norms."""
+        """Groups of ranks that hold the same tied parameter; the copy on the lower rank counts in norms."""
         self.replicas: list[tuple[torch.nn.Parameter, dist.ProcessGroup]] = []
         for tie in self.plan.ties:
             stages = [self._stage_of(tie.owner), self._stage_of(tie.user)]
@@ -77,8 +128,22 @@ class StageModule(PipelineModule):
         return self.replicas
 
     def forward(self, inputs: Wire) -> Wire:
-        """Token ids or activations in, activations or logits [s b v/tp] out."""
-        return run_layers(self.built, inputs, self.plan)
+        """Token ids or activations in, activations or logits [s b v/tp] out; of the active chunk."""
+        return run_layers(self.active, inputs, self.plan)
+
+    def save_state_dict(self, *arguments: Any, **named: Any) -> None:
+        for _ in self._each_chunk():
+            super().save_state_dict(*arguments, **named)
+
+    def load_state_dir(self, *arguments: Any, **named: Any) -> None:
+        for _ in self._each_chunk():
+            super().load_state_dir(*arguments, **named)
+
+    def _each_chunk(self) -> Iterator[None]:
+        for chunk in range(len(self.chunks)):
+            self.activate(chunk)
+            yield
+        self.activate(0)
 
     def _stage_of(self, layer_name: str) -> int:
         return self.stage_owner([layer.name for layer in self.plan.layers].index(layer_name))
@@ -95,16 +160,345 @@ class StageModule(PipelineModule):
         return ours
 
 
-class OneStage(StepControl, PipelineEngine):
-    """DeepSpeed's pipeline engine with our own table of instructions."""
+@dataclass
+class Slot:
+    """What one micro-batch leaves in one chunk from one operation to the next."""
+
+    inputs: Wire | None = None
+    outputs: Wire | None = None
+    loss: torch.Tensor | None = None  # of the last virtual stage
+    arrival: Arrival | None = None  # activations under way
+    gradients: Arrival | None = None  # of the outputs, under way or handed over
+    waiting: weight_gradients.Store = field(default_factory=weight_gradients.Store)
+
+
+class StageEngine(StepControl, PipelineEngine):
+    """DeepSpeed's pipeline engine, working off a plan of ours."""
 
     phase_timers: PhaseTimers
+    _placement: Placement | None = None  # DeepSpeed asks for stages while it is made, before there are chunks
+    _active_chunk: int | None = None
 
-    def _timed(self, name: str, instruction: Any, **arguments: Any) -> None:
-        with self.phase_timers.phase(name):
-            instruction(self, **arguments)
+    def begin(self, groups: Groups, shape: PipelineShape) -> None:
+        """What the first step needs; once, after construction, on every rank."""
+        self._groups, self._shape, self._placement = groups, shape, shape.placement
+        self._plans: dict[tuple[str, int], Plan] = {}
+        self._shapes: dict[
+            tuple[int, int], list[Shape]
+        ] = {}  # (virtual stage, micro-batch size) -> its inputs
+        self._slots: dict[tuple[int, int], Slot] = defaultdict(Slot)
+        self._mailbox = Mailbox(groups.pp, stage=self.stage_id, mode=shape.messages, device=groups.device)
+        if shape.messages == "channel":
+            self._mailbox.open_channels(groups.layout.groups("pp"))
+        self._watch = WaitWatch(f"rank {groups.rank}, stage {self.stage_id}", shape.hang_s)
+        self._doing = "nothing"
+        if self.using_bf16_optimizer:
+            self._places_in_optimizer = {
+                id(parameter): (i, j)
+                for i, group in enumerate(self.optimizer.bf16_groups)
+                for j, parameter in enumerate(group)
+            }
 
-    def _reduce_tied_gradients(self) -> None:
+    def run_training(self, batches: Sequence[MicroBatch | None], micro_size: int) -> float:
+        """One optimizer step; the mean loss, on every rank."""
+        self.module.train()
+        self._run(self._plan(self._shape.schedule, len(batches)), batches, micro_size)
+        with self._telling("the optimizer's step"), self.phase_timers.phase("step"):
+            self._exec_reduce_tied_grads()
+            self._exec_reduce_grads()
+            self._exec_optimizer_step()
+        return float(self._aggregate_total_loss())
+
+    @torch.no_grad()
+    def run_evaluation(self, batches: Sequence[MicroBatch | None], micro_size: int) -> float:
+        """The mean loss, on every rank."""
+        self.module.eval()
+        self._run(self._plan("forward", len(batches)), batches, micro_size)
+        mean = None
+        if self.is_last_stage():
+            mean = self._reduce_outputs([self.total_loss], micro_batches=len(batches))
+        return float(self._bcast_pipe_scalar(mean))
+
+    def _plan(self, name: str, num_micro_batches: int) -> Plan:
+        """Made and checked once for each number of micro-batches."""
+        key = (name, num_micro_batches)
+        if key not in self._plans:
+            family = FORWARD_ONLY if name == "forward" else SCHEDULES[name]
+            self._plans[key] = lower(family.make(self._shape.placement, num_micro_batches))
+            check(self._plans[key])
+        return self._plans[key]
+
+    def _run(self, plan: Plan, batches_: Sequence[MicroBatch | None], micro_size: int) -> None:
+        self._batches, self._micro_size, self.total_loss = batches_, micro_size, None
+        splits = plan.schedule.splits_backward and torch.is_grad_enabled()
+        with weight_gradients.may_wait() if splits else nullcontext():
+            for step in batches(plan.programs[self.stage_id]):
+                if isinstance(step, Op):
+                    with self._telling(
+                        f"the {NAMES[step.kind]} of micro-batch {step.micro_batch}, chunk {step.chunk}"
+                    ):
+                        self._TABLE[step.kind](self, step)
+                else:
+                    with self._telling("its messages"), self.phase_timers.phase("pipeline"):
+                        self._post(step)
+        with self._telling("its last messages"), self.phase_timers.phase("pipeline"):
+            self._mailbox.all_sent()
+        self._slots.clear()
+        self._batches = ()
+
+    @contextmanager
+    def _telling(self, what: str) -> Iterator[None]:
+        """A failure inside is told at once with its place: the others will only say that a rank is gone."""
+        self._doing = what
+        try:
+            yield
+        except Exception as failure:
+            place = (
+                f"rank {self._groups.rank}, stage {self.stage_id}, step {self.global_steps + 1}, in {what}"
+            )
+            print(f"{place}: {type(failure).__name__}: {failure}", file=sys.stderr, flush=True)
+            raise
+
+    # ---- operations
+
+    def _forward(self, op: Op) -> None:
+        slot, stage = self._slot(op), self._stage(op)
+        if stage == 0:
+            batch = self._batches[op.micro_batch]
+            assert batch is not None, "the first stage reads the data"
+            slot.inputs = batch.inputs
+        elif slot.arrival is not None:
+            with self.phase_timers.phase("pipeline"), self._waiting(op, "activation"):
+                slot.inputs, slot.arrival = as_wire(slot.arrival.wait()), None
+        with self.phase_timers.phase("forward"), self._chunk(op.chunk):
+            outputs = DeepSpeedEngine.forward(self, slot.inputs)
+            if stage == self._shape.placement.last:
+                self._compute_loss_of(op, slot, outputs)
+            else:
+                slot.outputs = outputs
+        neighbour = self._neighbour(op, stage + 1)
+        if neighbour is not None:
+            is_training = torch.is_grad_enabled()
+            moved = [
+                tensor.detach().requires_grad_(is_training and tensor.is_floating_point())
+                for tensor in as_list(outputs)
+            ]
+            neighbour.inputs = as_wire(moved)
+        if not torch.is_grad_enabled():
+            slot.inputs = None
+            slot.outputs = None if neighbour is not None else slot.outputs
+
+    def _compute_loss_of(self, op: Op, slot: Slot, logits: Wire) -> None:
+        batch = self._batches[op.micro_batch]
+        assert batch is not None, "the last stage reads the data"
+        loss = self.module.loss_fn(logits, batch.targets)
+        self.total_loss = (
+            loss.detach().clone() if self.total_loss is None else self.total_loss + loss.detach()
+        )
+        slot.loss = loss if torch.is_grad_enabled() else None
+
+    def _backward(self, op: Op) -> None:
+        """Both halves, or the first: what the linears put aside stays in the slot."""
+        slot, stage = self._slot(op), self._stage(op)
+        gradients = None
+        if stage != self._shape.placement.last:
+            assert slot.gradients is not None, "the gradients of the outputs were asked for"
+            with self.phase_timers.phase("pipeline"), self._waiting(op, "gradient"):
+                gradients, slot.gradients = slot.gradients.wait(), None
+        with self.phase_timers.phase("backward"), self._chunk(op.chunk):
+            if gradients is None:
+                loss, slot.loss = slot.loss, None
+                DeepSpeedEngine.backward(self, loss)
+            else:
+                assert slot.outputs is not None
+                self._backward_from(as_list(slot.outputs), gradients)
+                slot.outputs = None
+            if self.using_bf16_optimizer:  # its sums have them; the next chunk's must not add them again
+                for parameter in self._parameters_of(op.chunk):
+                    parameter.grad = None
+        neighbour = self._neighbour(op, stage - 1)
+        if neighbour is not None:
+            neighbour.gradients = Arrival(self._input_gradients(slot))
+        if stage == 0 or neighbour is not None:
+            slot.inputs = None
+
+    def _backward_from(self, outputs: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
+        """One pass for all outputs: DeepSpeed's one per output walks the shared graph again and again."""
+        ends = [
+            (output, gradient)
+            for output, gradient in zip(with_gradient(outputs), gradients, strict=True)
+            if output.requires_grad
+        ]
+        assert ends, "no output of this stage needs a gradient, but it has weights to train"
+        if self.using_bf16_optimizer:
+            self.optimizer.clear_lp_grads()
+        self._running_engine_backward = True  # DeepSpeed's hooks ask whether it is the engine that runs
+        try:
+            torch.autograd.backward([output for output, _ in ends], [gradient for _, gradient in ends])
+        finally:
+            self._running_engine_backward = False
+        if self.using_bf16_optimizer and not self._config.bfloat16_config.immediate_grad_update:
+            self.optimizer.update_hp_grads(clear_lp_grads=False)
+
+    def _backward_of_inputs(self, op: Op) -> None:
+        with weight_gradients.put_aside() as store:
+            self._backward(op)
+        self._slot(op).waiting = store
+
+    def _backward_of_weights(self, op: Op) -> None:
+        with self.phase_timers.phase("backward"):
+            self._slot(op).waiting.compute(self._accumulate)
+
+    def _accumulate(self, parameter: Any, gradient: torch.Tensor) -> None:
+        """Where the optimizer looks for it."""
+        if self.using_bf16_optimizer:
+            parameter.grad = gradient
+            self.optimizer._update_hp_grad(parameter, *self._places_in_optimizer[id(parameter)], False)
+            parameter.grad = None
+            return
+        parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        if getattr(self.optimizer, "use_grad_accum_attribute", False):
+            self.optimizer._fill_param_grad_accum_attribute(parameter)
+
+    _TABLE: ClassVar[dict[Kind, Callable[..., None]]] = {
+        Kind.FORWARD: _forward,
+        Kind.BACKWARD: _backward,
+        Kind.INPUT: _backward_of_inputs,
+        Kind.WEIGHT: _backward_of_weights,
+    }
+
+    # ---- messages
+
+    def _post(self, messages: Sequence[Message]) -> None:
+        """All together, but for shapes that must be told on the way."""
+        ready: list[tuple[Message, list[torch.Tensor]]] = []
+        for message in messages:
+            if message.what == "activation" and self._receiving_stage(message) not in self._known_shapes():
+                self._start(ready)
+                ready = []
+                self._exchange_shapes(message)
+            ready.append((message, self._tensors_of(message)))
+        self._start(ready)
+        self._mailbox.forget_sent()
+
+    def _start(self, ready: list[tuple[Message, list[torch.Tensor]]]) -> None:
+        works = self._mailbox.post(ready) if ready else {}
+        for message, tensors in ready:
+            if isinstance(message, Receive):
+                arrival = Arrival(tensors, works[message.number])
+                slot = self._slot(message)
+                if message.what == "activation":
+                    slot.arrival = arrival
+                else:
+                    slot.gradients = arrival
+
+    def _tensors_of(self, message: Message) -> list[torch.Tensor]:
+        slot = self._slot(message)
+        if isinstance(message, Send):
+            if message.what == "gradient":
+                gradients, slot.inputs = self._input_gradients(slot), None
+                return gradients
+            assert slot.outputs is not None
+            tensors = as_list(slot.outputs)
+            if not torch.is_grad_enabled():
+                slot.outputs = None
+            return tensors
+        if message.what == "gradient":
+            assert slot.outputs is not None
+            return [torch.empty_like(tensor.detach()) for tensor in with_gradient(as_list(slot.outputs))]
+        shapes = self._shapes[self._receiving_stage(message), self._micro_size]
+        is_training = torch.is_grad_enabled()
+        return [
+            torch.empty(size, dtype=dtype, device=self.device).requires_grad_(
+                is_training and dtype.is_floating_point
+            )
+            for size, dtype in shapes
+        ]
+
+    def _known_shapes(self) -> set[int]:
+        return {stage for stage, micro_size in self._shapes if micro_size == self._micro_size}
+
+    def _exchange_shapes(self, message: Message) -> None:
+        stage = self._receiving_stage(message)
+        if isinstance(message, Send):
+            outputs = self._slot(message).outputs
+            assert outputs is not None
+            shapes = shapes_of(as_list(outputs))
+            self._mailbox.tell_shapes(shapes, message.peer)
+        else:
+            shapes = self._mailbox.hear_shapes(message.peer)
+        self._shapes[stage, self._micro_size] = shapes
+
+    def _receiving_stage(self, message: Message) -> int:
+        """The virtual stage that an activation is for."""
+        here = self._shape.placement.virtual_stage(self.stage_id, message.chunk)
+        return here + 1 if isinstance(message, Send) else here
+
+    def _input_gradients(self, slot: Slot) -> list[torch.Tensor]:
+        assert slot.inputs is not None
+        floating = with_gradient(as_list(slot.inputs))
+        return [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in floating]
+
+    @contextmanager
+    def _waiting(self, op: Op, what: str) -> Iterator[None]:
+        stage = self._stage(op) + (-1 if what == "activation" else 1)
+        source = self._shape.placement.rank(stage)
+        step = self.global_steps + 1
+        with self._watch.waiting_for(
+            f"{what} of micro-batch {op.micro_batch} from stage {source}, step {step}"
+        ):
+            yield
+
+    # ---- places
+
+    def _slot(self, at: Op | Message) -> Slot:
+        return self._slots[at.chunk, at.micro_batch]
+
+    def _stage(self, op: Op) -> int:
+        return self._shape.placement.virtual_stage(self.stage_id, op.chunk)
+
+    def _neighbour(self, op: Op, stage: int) -> Slot | None:
+        """The same micro-batch's slot in an adjoining virtual stage, if that lives on this rank too."""
+        placement = self._shape.placement
+        if not 0 <= stage <= placement.last or placement.rank(stage) != self.stage_id:
+            return None
+        return self._slots[placement.chunk(stage), op.micro_batch]
+
+    def _parameters_of(self, chunk: int) -> Iterator[torch.nn.Parameter]:
+        for layer in self.module.chunks[chunk]:
+            yield from layer.module.parameters()
+
+    @contextmanager
+    def _chunk(self, chunk: int) -> Iterator[None]:
+        """Questions of DeepSpeed's about first and last stages are about this chunk inside."""
+        self._active_chunk = chunk
+        self.module.activate(chunk)
+        try:
+            yield
+        finally:
+            self._active_chunk = None
+
+    def is_first_stage(self) -> bool:
+        """Of the active chunk, else of the rank."""
+        if self._placement is None or self._active_chunk is None:
+            return self.stage_id == 0
+        return self._placement.virtual_stage(self.stage_id, self._active_chunk) == 0
+
+    def is_last_stage(self) -> bool:
+        """Whether the active chunk, else any of the rank's, computes the loss."""
+        if self._placement is None:
+            return self.stage_id == self.num_stages - 1
+        if self._active_chunk is None:
+            return self.stage_id == self._placement.rank(self._placement.last)
+        return self._placement.virtual_stage(self.stage_id, self._active_chunk) == self._placement.last
+
+    def _loss_stage_global_rank(self) -> int:
+        assert self._placement is not None
+        return self.grid.stage_to_global(self._placement.rank(self._placement.last))
+
+    # ---- gradients of tied weights
+
+    def _exec_reduce_tied_grads(self) -> None:
         """Sum tied gradients over their stages, wherever the optimizer keeps them.
 
         DeepSpeed 0.19 looks at ``weight.grad`` and skips the sum in silence when it is None, which unties the
@@ -122,81 +516,44 @@ class OneStage(StepControl, PipelineEngine):
             return parameter.grad_accum
         return parameter.grad
 
-    _INSTRUCTION_MAP: ClassVar[dict[type, Any]] = {
-        **PipelineEngine._INSTRUCTION_MAP,
-        schedule.ReduceTiedGrads: _reduce_tied_gradients,
-    }
 
-
-def _with_timers(table: dict[type, Any]) -> dict[type, Any]:
-    phases = {
-        schedule.LoadMicroBatch: "load",
-        schedule.ForwardPass: "forward",
-        schedule.BackwardPass: "backward",
-        schedule.SendActivation: "pipeline",
-        schedule.RecvActivation: "pipeline",
-        schedule.SendGrad: "pipeline",
-        schedule.RecvGrad: "pipeline",
-        schedule.ReduceTiedGrads: "step",
-        schedule.ReduceGrads: "step",
-        schedule.OptimizerStep: "step",
-    }
-
-    def timed(name: str, instruction: Any) -> Any:
-        return lambda engine, **arguments: engine._timed(name, instruction, **arguments)
-
-    return {kind: timed(phases[kind], instruction) for kind, instruction in table.items()}
-
-
-OneStage._INSTRUCTION_MAP = _with_timers(OneStage._INSTRUCTION_MAP)
+NAMES = {
+    Kind.FORWARD: "forward pass",
+    Kind.BACKWARD: "backward pass",
+    Kind.INPUT: "backward pass of the inputs",
+    Kind.WEIGHT: "backward pass of the weights",
+}
 
 
 class PipelineTrainer(Engine):
-    """One stage of a pipeline, driven in step with the others."""
+    """One rank of a pipeline, driven in step with the others."""
 
-    def __init__(self, engine: OneStage, groups: Groups):
+    def __init__(self, engine: StageEngine, groups: Groups):
         super().__init__(engine, groups)
         engine.phase_timers = self.timers
-        self._micro_size = engine.micro_batch_size
 
     def train_step(self, batches: Sequence[MicroBatch | None]) -> StepResult:
         assert len(batches) == self.deepspeed.micro_batches
-        self._expect_micro_size(self.deepspeed.micro_batch_size)
-        loss = self.deepspeed.train_batch(_as_deepspeed_reads(batches))
-        return self._result(float(loss))
+        return self._result(self.deepspeed.run_training(batches, self.deepspeed.micro_batch_size))
 
-    @torch.no_grad()
     def eval_step(self, batches: Sequence[MicroBatch | None], *, micro_size: int) -> float:
-        self._expect_micro_size(micro_size)
-        loss = self.deepspeed.eval_batch(_as_deepspeed_reads(batches), num_micro_batches=len(batches))
-        return float(loss)
-
-    def _expect_micro_size(self, micro_size: int) -> None:
-        """DeepSpeed tells shapes once; told again when they change, or a rank dies in the middle of a receive."""
-        if micro_size != self._micro_size:
-            self.deepspeed.reset_activation_shape()
-            self._micro_size = micro_size
+        return self.deepspeed.run_evaluation(batches, micro_size)
 
 
 def build_pipeline_engine(
     plan: LayerPlan,
     groups: Groups,
-    bounds: Bounds,
+    shape: PipelineShape,
     *,
     json: dict[str, Any],
     optimizer: OptimizerConfig,
     prepare: Sequence[Prepare] = (),
 ) -> PipelineTrainer:
-    """Build this stage's layers and put our pipeline engine around them."""
-    module = StageModule(plan, groups, bounds, prepare)
+    """Build this rank's layers and put our pipeline engine around them."""
+    module = StageModule(plan, groups, shape, prepare)
     grid = module.mpu()
     assert_same_ranks("dp", grid.get_data_parallel_group(), dist.get_process_group_ranks(groups.dp))
     assert_same_ranks("pp", grid.get_pipe_parallel_group(), dist.get_process_group_ranks(groups.pp))
-    return PipelineTrainer(OneStage.around(module, groups, grid, json=json, optimizer=optimizer), groups)
-
-
-def _as_deepspeed_reads(batches: Sequence[MicroBatch | None]) -> Iterator[Any] | None:
-    """(inputs, labels) per micro-batch on stages that read data; middle stages have none."""
-    if batches[0] is None:
-        return None
-    return iter([(batch.inputs, batch.targets) for batch in batches if batch is not None])
+    engine = StageEngine.around(module, groups, grid, json=json, optimizer=optimizer)
+    engine.begin(groups, shape)
+    return PipelineTrainer(engine, groups)

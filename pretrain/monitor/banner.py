@@ -1,6 +1,6 @@
 """What a run is about to do, in a few lines on the console before the first step."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from rich.table import Table
 from model_providers.layer_plan import LayerPlan
 from pretrain.config_io import Run
 from pretrain.engine.base import Engine
+from pretrain.engine.schedules.ops import Placement
 from pretrain.monitor.sinks import counted, short
 
 
@@ -19,7 +20,6 @@ def show(
     engine: Engine,
     plan: LayerPlan,
     *,
-    bounds: Sequence[int],
     resumed: Path | None,
 ) -> None:
     """Print the run's facts; only rank 0 calls it."""
@@ -28,7 +28,7 @@ def show(
         table.add_row(f"[bold]{name}[/bold]", text)
     console.print(table)
     if run.layout.pp > 1:
-        console.print(stage_table(plan, bounds))
+        console.print(stage_table(run, plan))
 
 
 def facts(run: Run, engine: Engine, *, resumed: Path | None) -> Iterable[tuple[str, str]]:
@@ -41,10 +41,11 @@ def facts(run: Run, engine: Engine, *, resumed: Path | None) -> Iterable[tuple[s
         f"{counted(model.num_attention_heads, 'head')} ({model.kv_heads} key/value), vocabulary {model.vocab_size} "
         f"(padded {model.padded_vocab_size})",
     )
+    pipeline = f" ({config.layout.schedule}, {counted(layout.chunks, 'chunk')} each)" if layout.pp > 1 else ""
     sequence = " with sequence parallelism" if layout.sequence_parallel else ""
     yield (
         "layout",
-        f"{counted(layout.world_size, 'rank')}: tp={layout.tp}{sequence}, pp={layout.pp}, dp={layout.dp}, "
+        f"{counted(layout.world_size, 'rank')}: tp={layout.tp}{sequence}, pp={layout.pp}{pipeline}, dp={layout.dp}, "
         f"ZeRO stage {run.zero_stage}",
     )
     yield (
@@ -74,16 +75,20 @@ def facts(run: Run, engine: Engine, *, resumed: Path | None) -> Iterable[tuple[s
         yield "weights", f"from {config.checkpoint.weights_from}"
 
 
-def stage_table(plan: LayerPlan, bounds: Sequence[int]) -> Table:
-    """Layers, parameters and FLOPs of each pipeline stage."""
-    table = Table("stage", "layers", "parameters", "GFLOP per token", "share")
+def stage_table(run: Run, plan: LayerPlan) -> Table:
+    """Layers, parameters and FLOPs of each run of layers, in the order in which data flow through them."""
+    layout, bounds = run.layout, run.stage_bounds
+    placement = Placement(layout.pp, layout.chunks, layout.placement)
+    first = "stage" if layout.chunks == 1 else "stage, chunk"
+    table = Table(first, "layers", "parameters", "GFLOP per token", "share")
     totals = [
         sum(layer.cost.forward_flops_per_token for layer in plan.layers[a:b]) for a, b in pairwise(bounds)
     ]
     for stage, (start, end) in enumerate(pairwise(bounds)):
         layers = plan.layers[start:end]
+        place = str(placement.rank(stage))
         table.add_row(
-            str(stage),
+            place if layout.chunks == 1 else f"{place}, {placement.chunk(stage)}",
             layers[0].name if len(layers) == 1 else f"{layers[0].name} .. {layers[-1].name}",
             short(sum(layer.cost.parameters for layer in layers)),
             f"{totals[stage] / 1e9:.2g}",

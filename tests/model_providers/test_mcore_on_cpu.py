@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core import parallel_state
 from megatron.core.tensor_parallel import random as mcore_random
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 
@@ -120,10 +119,8 @@ def sequence_parallel_step_without(name: str) -> str:
 @pytest.mark.parametrize(
     "name",
     [
-        "GlobalMemoryBuffer.get_tensor",
         "_gather_along_first_dim",
         "_reduce_scatter_along_first_dim",
-        "LinearWithGradAccumulationAndAsyncCommunication.backward",
     ],
 )
 def test_without_the_row_sequence_parallelism_asks_for_cuda(ranks: Any, name: str) -> None:
@@ -161,26 +158,27 @@ def test_upstream_loses_the_sum_of_a_strided_tensor(ranks: Any) -> None:
     assert lost == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
 
 
-def collectives() -> dict[str, Any]:
+def collectives(small: int) -> dict[str, Any]:
     group = tensor_groups(tp=2).tp
     x = torch.arange(4.0).view(2, 2) + 10 * group.rank()
-    return {
-        "last": mcore_on_cpu.gather_along_last_dim(x, group).tolist(),
-        "first": mcore_on_cpu.gather_along_first_dim(x, group).tolist(),
-        "scatter": mcore_on_cpu.reduce_scatter_along_first_dim(x, group).tolist(),
-        "buffer": list(
-            parallel_state.get_global_memory_buffer().get_tensor([2, 3], torch.bfloat16, "mpu").shape
-        ),
-    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mcore_on_cpu, "SMALL", small)
+        return {
+            "sum": mcore_on_cpu.reduce(x, group).tolist(),
+            "last": mcore_on_cpu.gather_along_last_dim(x, group).tolist(),
+            "first": mcore_on_cpu.gather_along_first_dim(x, group).tolist(),
+            "scatter": mcore_on_cpu.reduce_scatter_along_first_dim(x, group).tolist(),
+        }
 
 
 @pytest.mark.ranks
-def test_the_collectives_do_what_their_names_say(ranks: Any) -> None:
-    first, second = ranks.run(collectives, 2)
+@pytest.mark.parametrize("small", [0, 100], ids=["reduced", "gathered"])
+def test_the_collectives_do_what_their_names_say(ranks: Any, small: int) -> None:
+    first, second = ranks.run(collectives, 2, small)
+    assert first["sum"] == second["sum"] == [[10.0, 12.0], [14.0, 16.0]]
     assert first["last"] == second["last"] == [[0.0, 1.0, 10.0, 11.0], [2.0, 3.0, 12.0, 13.0]]
     assert first["first"] == second["first"] == [[0.0, 1.0], [2.0, 3.0], [10.0, 11.0], [12.0, 13.0]]
     assert (first["scatter"], second["scatter"]) == ([[10.0, 12.0]], [[14.0, 16.0]])
-    assert first["buffer"] == [2, 3]
 
 
 class Upstream:

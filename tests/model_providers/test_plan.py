@@ -154,5 +154,5 @@ def test_inputs_and_values_travel_as_tensors() -> None:
 
 
 def test_a_layout_that_does_not_fit_is_refused_before_anything_is_built() -> None:
-    with pytest.raises(ModelError, match="tp=3: does not divide num_attention_heads=4"):
+    with pytest.raises(ModelError, match=r"layout\.tp=3: does not divide model\.num_attention_heads=4"):
         build_plan(llama_like(), Layout(tp=3), solo_groups(), seed=1, sequence_length=SEQUENCE)

@@ -156,6 +156,30 @@ CASES: tuple[tuple[str, int, dict[str, Any], dict[str, Any] | None, str], ...] =
         r"schedule\.decay_steps=15 with warmup_steps=10.*use decay_steps <= 10",
     ),
     (
+        "schedule_fits_the_layout",
+        2,
+        {
+            "layout": {"pp": 2, "chunks": 2, "schedule": "interleaved"},
+            "batch": {"micro_size": 2, "accumulation_steps": 3},
+        },
+        None,
+        r"layout\.schedule=interleaved with 3 micro-batches: they pass in groups of layout\.pp=2; use 2 or 4",
+    ),
+    (
+        "schedule_fits_the_layout",
+        2,
+        {"layout": {"chunks": 2, "schedule": "interleaved"}},
+        None,
+        r"layout\.chunks=2, layout\.schedule=interleaved with layout\.pp=1: there is no pipeline",
+    ),
+    (
+        "split_backward_needs_our_linears",
+        2,
+        {"layout": {"pp": 2, "schedule": "zb-h1"}, "kernels": "te"},
+        None,
+        r"layout\.schedule=zb-h1 with kernels=te: .*use kernels=torch, or 1f1b or interleaved",
+    ),
+    (
         "explicit_partition_is_sound",
         2,
         {"layout": {"pp": 2, "partition": [0, 7, 7]}},

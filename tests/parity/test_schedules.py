@@ -1,0 +1,114 @@
+"""Every pipeline schedule computes what one process does."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.parity.conftest import OneProcess
+from tests.parity.record import record_raw
+from tests.parity.test_layouts import assert_same
+from tests.ranks import RankPool
+from tests.runs import tiny
+
+STEPS = 5
+MANY = {"batch": {"global_size": 16, "micro_size": 1}, "model__num_layers": 6}  # 8 or 16 micro-batches
+FAMILIES = {
+    "gpipe": 1,
+    "1f1b": 1,
+    "eager": 1,
+    "interleaved": 2,
+    "zb-h1": 1,
+    "zb-v": 2,
+    "interleaved-zb": 2,
+}
+
+
+def pipeline(name: str, pp: int, **layout: Any) -> dict[str, Any]:
+    return {
+        "layout": {"pp": pp, "schedule": name, "chunks": FAMILIES[name], **layout},
+        "deepspeed": "pipeline.json",
+    }
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("pp", [2, 4])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_schedule_computes_what_one_process_does(
+    ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, name: str, pp: int, tied: bool
+) -> None:
+    changes = {**MANY, "model__tie_embeddings": tied}
+    trace = ranks.run(record_raw, pp, tiny(corpus, out, **changes, **pipeline(name, pp)), STEPS)[0]
+    assert_same(trace, one_process(STEPS, **changes))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("interleaved", {"recompute": "full"}),
+        ("zb-v", {"recompute": {"mode": "full", "every": 2}}),
+        ("zb-h1", {"recompute": "full"}),
+        ("interleaved-zb", {"recompute": "selective"}),
+        ("interleaved", {"data__documents": "reset"}),
+        ("zb-v", {"data__documents": "reset", "data__mask_boundary_loss": True}),
+        ("zb-v", {"deepspeed": "zero0.json"}),
+        ("interleaved", {"deepspeed": "zero0.json", "layout__messages": "batch"}),
+        ("zb-v", {"layout__messages": "channel"}),
+        ("interleaved", {"layout__partition": [0, 2, 4, 5, 9]}),
+        ("zb-h1", {"layout__partition": [0, 3, 9]}),
+    ],
+    ids=str,
+)
+def test_schedules_go_with_everything_else(
+    ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, name: str, changes: dict[str, Any]
+) -> None:
+    data = {key: value for key, value in changes.items() if key.startswith("data")}
+    raw = tiny(corpus, out, **{**MANY, **pipeline(name, 2), **changes})
+    trace = ranks.run(record_raw, 2, raw, STEPS)[0]
+    assert_same(trace, one_process(STEPS, **MANY, **data))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("name", "layout", "world_size"),
+    [
+        ("interleaved", {"tp": 2, "sequence_parallel": True}, 4),
+        ("zb-v", {"tp": 2, "sequence_parallel": True}, 4),
+        ("zb-h1", {"tp": 2}, 4),
+        ("interleaved", {}, 4),
+        ("zb-v", {}, 4),
+    ],
+    ids=str,
+)
+def test_schedules_go_with_tensor_and_data_parallelism(
+    ranks: RankPool,
+    corpus: str,
+    one_process: OneProcess,
+    out: Path,
+    name: str,
+    layout: dict[str, Any],
+    world_size: int,
+) -> None:
+    raw = tiny(corpus, out, **MANY, **pipeline(name, 2, **layout))
+    trace = ranks.run(record_raw, world_size, raw, STEPS)[0]
+    assert_same(trace, one_process(STEPS, **MANY))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("name", "offload"), [("interleaved", True), ("zb-h1", True), ("zb-v", False)])
+def test_bf16_is_the_same_in_every_schedule(
+    ranks: RankPool, corpus: str, out: Path, tmp_path: Path, name: str, offload: bool
+) -> None:
+    """Against 1F1B in bf16: the order in which micro-batches are summed is all that differs."""
+    more = ', "offload_optimizer": {"device": "cpu"}' if offload else ""
+    document = tmp_path / "deepspeed.json"
+    document.write_text(f'{{"zero_optimization": {{"stage": 1{more}}}}}')
+    changes = {**MANY, "precision": "bf16"}
+    plain = {**pipeline("1f1b", 2), "deepspeed": str(document)}
+    wanted = ranks.run(record_raw, 2, tiny(corpus, out, **changes, **plain), STEPS)[0]
+    raw = tiny(corpus, out, **changes, **{**pipeline(name, 2), "deepspeed": str(document)})
+    found = ranks.run(record_raw, 2, raw, STEPS)[0]
+    assert found.losses == pytest.approx(wanted.losses, rel=2e-3)
+    assert found.grad_norms == pytest.approx(wanted.grad_norms, rel=2e-2)
