@@ -20,6 +20,9 @@ from pretrain.errors import RunError
 from pretrain.nested import get
 from pretrain.optimizer_rules import OPTIMIZER_RULES, Rule
 
+AUTO_SCHEDULE = "auto"  # measured and chosen on the ranks, see engine/auto_schedule.py
+SPLIT_BACKWARD = ("zb-h1", "zb-v", "interleaved-zb")
+
 if TYPE_CHECKING:  # Run holds what the rules look at; config_io imports this module
     from pretrain.config_io import Run
 
@@ -145,6 +148,13 @@ def schedule_fits_the_layout(run: "Run") -> str | None:
         return (
             f"{', '.join(stated)} with layout.pp=1: there is no pipeline; leave it out, or use layout.pp > 1"
         )
+    if layout.schedule == AUTO_SCHEDULE:
+        chosen = "chunks are chosen with the schedule"
+        return (
+            f"layout.chunks={layout.chunks} with layout.schedule=auto: {chosen}; leave it out"
+            if layout.chunks > 1
+            else None
+        )
     return schedule_fault(
         layout.schedule, stages=layout.pp, chunks=layout.chunks, num_micro_batches=run.num_micro_batches
     )
@@ -152,7 +162,7 @@ def schedule_fits_the_layout(run: "Run") -> str | None:
 
 def split_backward_needs_our_linears(run: "Run") -> str | None:
     layout = run.config.layout
-    if run.config.kernels == "te" and layout.schedule in ("zb-h1", "zb-v", "interleaved-zb"):
+    if run.config.kernels == "te" and layout.schedule in SPLIT_BACKWARD:
         return (
             f"layout.schedule={layout.schedule} with kernels=te: Transformer Engine's linears compute their weights' "
             "gradients at once, so nothing is left for the bubble; use kernels=torch, or 1f1b or interleaved"
@@ -160,14 +170,34 @@ def split_backward_needs_our_linears(run: "Run") -> str | None:
     return None
 
 
-def pipeline_needs_zero_below_2(run: "Run") -> str | None:
-    if run.layout.pp > 1 and run.zero_stage >= 2:
+def pipeline_needs_zero_below_3(run: "Run") -> str | None:
+    pp = run.layout.pp
+    if pp > 1 and run.zero_stage == 3:
         return (
-            f"zero_optimization.stage={run.zero_stage} cannot run with layout.pp={run.layout.pp}: its "
-            "gradient shards would be reduced for every micro-batch of the pipeline, which DeepSpeed "
-            f"refuses. Use stage 1 with pp={run.layout.pp}; or stage 1 and offload_optimizer.device=cpu with "
-            f"pp={run.layout.pp}; or stage {run.zero_stage} with pp=1"
+            f"zero_optimization.stage=3 cannot run with layout.pp={pp}: DeepSpeed gathers weights by one trace of all "
+            f"ranks' layers, and stages have different ones. Use stage 1 with pp={pp}; or stage 1 and "
+            f"offload_optimizer.device=cpu with pp={pp}; or stage 3 with pp=1"
         )
+    return None
+
+
+def zero_2_in_a_pipeline_is_sound(run: "Run") -> str | None:
+    layout = run.config.layout
+    if layout.pp == 1 or run.zero_stage != 2:
+        return None
+    where = f"zero_optimization.stage=2 with layout.pp={layout.pp}"
+    if layout.schedule in SPLIT_BACKWARD:
+        return (
+            f"{where} and layout.schedule={layout.schedule}: gradient shards are summed after every backward pass, "
+            "before the weights' half of it; use stage 1, or 1f1b or interleaved"
+        )
+    if run.config.model.tie_embeddings:
+        return (
+            f"{where} and model.tie_embeddings=true: the two stages that hold the embedding shard it differently; "
+            "use stage 1, or model.tie_embeddings=false"
+        )
+    if optimizer_is_offloaded(dict(run.deepspeed)):
+        return f"{where} and offload_optimizer: not tried together; use stage 1"
     return None
 
 
@@ -287,7 +317,8 @@ RULES: tuple[Rule, ...] = (
     schedule_fits_the_layout,
     split_backward_needs_our_linears,
     explicit_partition_is_sound,
-    pipeline_needs_zero_below_2,
+    pipeline_needs_zero_below_3,
+    zero_2_in_a_pipeline_is_sound,
     half_precision_needs_zero,
     accumulation_dtype_is_legal,
     optimizer_offload_needs_zero,

@@ -28,7 +28,7 @@ from pretrain.engine.layers import tied_names
 from pretrain.loop import begin_step
 from pretrain.monitor import logs
 from pretrain.program import add_run_words, exit_code, load_on_rank, rank_parser
-from pretrain.run import check_place, make_engine, make_plan
+from pretrain.run import check_place, make_engine, make_plan, settle_schedule
 
 Tensors = dict[str, torch.Tensor]
 
@@ -74,6 +74,7 @@ def record(run: Run, steps: int) -> Trace | None:
     logs.start(groups.rank)
     check_place(run, groups)
     data = open_run_data(run, groups)
+    run, groups = settle_schedule(run, groups)
     engine = make_engine(run, make_plan(run, groups), groups)
     feed = Feed(data.train, run, groups, consumed_samples=0)
     seen: list[Tensors] = []

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,16 @@ from rich.console import Console
 
 from data_tools.training_data import TrainingData
 from model_providers.families import PLAN_BUILDERS
-from model_providers.layer_plan import LayerPlan, Recompute
+from model_providers.layer_plan import GPTInputs, LayerPlan, Recompute
 from pretrain.batches import Feed, open_run_data
 from pretrain.checkpoint import save_load, store
 from pretrain.checkpoint.state import RunState, layout_of, model_of
 from pretrain.checkpoint.store import TOKENIZER, WEIGHTS, folder_name, write_whole
 from pretrain.checkpoint.weights import WeightLoader
 from pretrain.config_io import Run
-from pretrain.config_rules import device_faults
-from pretrain.engine import preflight
-from pretrain.engine.base import Engine
+from pretrain.config_rules import AUTO_SCHEDULE, device_faults
+from pretrain.engine import auto_schedule, preflight
+from pretrain.engine.base import Engine, MicroBatch
 from pretrain.engine.groups import Groups, join
 from pretrain.engine.layers import tied_names
 from pretrain.engine.pipeline import PipelineShape, build_pipeline_engine
@@ -44,6 +45,7 @@ def train(run: Run) -> Outcome:
     console = logs.start(groups.rank, run.folder if groups.is_first else None)
     check_place(run, groups)
     data = open_run_data(run, groups)
+    run, groups = settle_schedule(run, groups)
     plan = make_plan(run, groups)
     checkpoint = save_load.find(run, groups)
     engine = make_engine(run, plan, groups)
@@ -82,6 +84,33 @@ def check_place(run: Run, groups: Groups) -> None:
     fault = groups.first_told("; ".join(faults) or None)
     if fault is not None:
         raise RunError(fault)
+
+
+def settle_schedule(run: Run, groups: Groups) -> tuple[Run, Groups]:
+    """`layout.schedule: auto` becomes the schedule that is expected to be the fastest here; every rank calls it."""
+    if run.config.layout.schedule != AUTO_SCHEDULE or run.layout.pp == 1:
+        return run, groups
+    shape = (run.micro_size, run.config.data.sequence_length)
+    tokens = torch.zeros(shape, dtype=torch.int64, device=groups.device)
+    segments = torch.zeros(shape, dtype=torch.int32, device=groups.device)
+    inputs = GPTInputs(tokens, segments if run.config.data.documents == "reset" else None)
+    batch = MicroBatch(inputs.to_wire(), (tokens, tokens))
+    layers, transfer_s = auto_schedule.measure(make_plan(run, groups), batch, groups)
+    found = auto_schedule.candidates(
+        run,
+        layers,
+        transfer_s,
+        on_nccl=groups.device.type == "cuda",
+        only=save_load.placement_of_newest(run, groups),
+    )
+    best = found[0]
+    if groups.is_first:
+        log.info("layout.schedule=auto takes %s", best.title)
+        for other in found[1:4]:
+            log.info("  before %s", other.title)
+    messages = best.messages if groups.device.type == "cuda" else None
+    run = auto_schedule.settled(run, best.schedule, best.chunks, messages)
+    return run, replace(groups, layout=run.layout)
 
 
 def make_plan(run: Run, groups: Groups) -> LayerPlan:

@@ -3,17 +3,23 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.ranks import CPU_ONLY_ENVIRONMENT, RankPool
-from tests.runs import make_corpus
+from tests.runs import make_corpus, tiny
+
+if TYPE_CHECKING:  # torch
+    from pretrain.parity import Trace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
+
+OneProcess = Callable[..., "Trace"]
 
 # Kernels by the marker of the tests that need them; the second takes minutes, so it is left to idle cores.
 BUILDS = {"ranks": "kernels()", "nvme": "os.nice(10); asynchronous_io()"}
@@ -70,3 +76,22 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 def out(tmp_path: Path) -> Path:
     """A folder for runs; not made yet."""
     return tmp_path / "out"
+
+
+@pytest.fixture(scope="session")
+def one_process(ranks: RankPool, corpus: str, tmp_path_factory: pytest.TempPathFactory) -> OneProcess:
+    """``one_process(steps, model__tie_embeddings=False, ...)``: the trace of a single process, ZeRO 0, kept."""
+    from tests.parity.record import record_raw
+
+    kept: dict[Any, Trace] = {}
+    out = tmp_path_factory.mktemp("reference")
+
+    def trace(steps: int, **changes: Any) -> "Trace":
+        key = (steps, *sorted(map(str, changes.items())))
+        if key not in kept:
+            kept[key] = ranks.run(
+                record_raw, 1, tiny(corpus, out, **{"deepspeed": "zero0.json", **changes}), steps
+            )[0]
+        return kept[key]
+
+    return trace

@@ -9,6 +9,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch.distributed as dist
@@ -102,6 +103,22 @@ def find(run: Run, groups: Groups) -> Path | None:
             "use another name to start anew, or put back what is missing"
         )
     return None
+
+
+def placement_of_newest(run: Run, groups: Groups) -> dict[str, Any] | None:
+    """Where layers lay in the newest checkpoint that this run may go on from; None without one."""
+    found = None
+    if groups.is_first:
+        names, _ = _candidates(run)
+        layouts = [
+            RunState.read(Path(name) / STATE).layout for name in names if (Path(name) / STATE).is_file()
+        ]
+        found = (
+            {key: layouts[0][key] for key in ("chunks", "placement") if key in layouts[0]}
+            if layouts
+            else None
+        )
+    return _told_by_first(groups, found)
 
 
 def _candidates(run: Run) -> tuple[list[str], str | None]:

@@ -10,7 +10,7 @@ gradient; evaluation with another micro-batch size.
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -172,12 +172,28 @@ class Slot:
     waiting: weight_gradients.Store = field(default_factory=weight_gradients.Store)
 
 
-class StageEngine(StepControl, PipelineEngine):
+class _BaseIsMade(DeepSpeedEngine):
+    """Marks the moment between DeepSpeed's two constructors, standing behind `PipelineEngine` in the order of bases."""
+
+    is_base_made = False
+
+    def __init__(self, *arguments: Any, **named: Any):
+        super().__init__(*arguments, **named)
+        self.is_base_made = True
+
+
+class StageEngine(StepControl, PipelineEngine, _BaseIsMade):
     """DeepSpeed's pipeline engine, working off a plan of ours."""
 
     phase_timers: PhaseTimers
     _placement: Placement | None = None  # DeepSpeed asks for stages while it is made, before there are chunks
     _active_chunk: int | None = None
+
+    def zero_optimization_stage(self) -> int:
+        """DeepSpeed's pipeline engine refuses ZeRO-2 when it is made, for want of what `_backward` does at its end."""
+        stage = int(super().zero_optimization_stage())
+        is_asked_by_that_check = self.is_base_made and self._placement is None
+        return min(stage, 1) if is_asked_by_that_check else stage
 
     def begin(self, groups: Groups, shape: PipelineShape) -> None:
         """What the first step needs; once, after construction, on every rank."""
@@ -192,6 +208,7 @@ class StageEngine(StepControl, PipelineEngine):
             self._mailbox.open_channels(groups.layout.groups("pp"))
         self._watch = WaitWatch(f"rank {groups.rank}, stage {self.stage_id}", shape.hang_s)
         self._doing = "nothing"
+        self._shards_gradients = self.zero_optimization_partition_gradients()
         if self.using_bf16_optimizer:
             self._places_in_optimizer = {
                 id(parameter): (i, j)
@@ -202,9 +219,13 @@ class StageEngine(StepControl, PipelineEngine):
     def run_training(self, batches: Sequence[MicroBatch | None], micro_size: int) -> float:
         """One optimizer step; the mean loss, on every rank."""
         self.module.train()
+        if self._shards_gradients:
+            self.optimizer.set_gradient_accumulation_boundary(False)
         self._run(self._plan(self._shape.schedule, len(batches)), batches, micro_size)
         with self._telling("the optimizer's step"), self.phase_timers.phase("step"):
             self._exec_reduce_tied_grads()
+            if self._shards_gradients:
+                self.optimizer.setup_buckets()  # the closing sum expects them, though they stay empty
             self._exec_reduce_grads()
             self._exec_optimizer_step()
         return float(self._aggregate_total_loss())
@@ -257,6 +278,7 @@ class StageEngine(StepControl, PipelineEngine):
                 f"rank {self._groups.rank}, stage {self.stage_id}, step {self.global_steps + 1}, in {what}"
             )
             print(f"{place}: {type(failure).__name__}: {failure}", file=sys.stderr, flush=True)
+            failure.add_note(place)
             raise
 
     # ---- operations
@@ -268,7 +290,7 @@ class StageEngine(StepControl, PipelineEngine):
             assert batch is not None, "the first stage reads the data"
             slot.inputs = batch.inputs
         elif slot.arrival is not None:
-            with self.phase_timers.phase("pipeline"), self._waiting(op, "activation"):
+            with self.phase_timers.phase("pipeline"), self._waiting(op, "activation", stage - 1):
                 slot.inputs, slot.arrival = as_wire(slot.arrival.wait()), None
         with self.phase_timers.phase("forward"), self._chunk(op.chunk):
             outputs = DeepSpeedEngine.forward(self, slot.inputs)
@@ -303,7 +325,7 @@ class StageEngine(StepControl, PipelineEngine):
         gradients = None
         if stage != self._shape.placement.last:
             assert slot.gradients is not None, "the gradients of the outputs were asked for"
-            with self.phase_timers.phase("pipeline"), self._waiting(op, "gradient"):
+            with self.phase_timers.phase("pipeline"), self._waiting(op, "gradient", stage + 1):
                 gradients, slot.gradients = slot.gradients.wait(), None
         with self.phase_timers.phase("backward"), self._chunk(op.chunk):
             if gradients is None:
@@ -316,6 +338,8 @@ class StageEngine(StepControl, PipelineEngine):
             if self.using_bf16_optimizer:  # its sums have them; the next chunk's must not add them again
                 for parameter in self._parameters_of(op.chunk):
                     parameter.grad = None
+            if self._shards_gradients:  # hooks have filled the buckets: sum them into this rank's shard now
+                self.optimizer.overlapping_partition_gradients_reduce_epilogue()
         neighbour = self._neighbour(op, stage - 1)
         if neighbour is not None:
             neighbour.gradients = Arrival(self._input_gradients(slot))
@@ -426,7 +450,8 @@ class StageEngine(StepControl, PipelineEngine):
             shapes = shapes_of(as_list(outputs))
             self._mailbox.tell_shapes(shapes, message.peer)
         else:
-            shapes = self._mailbox.hear_shapes(message.peer)
+            with self._waiting(message, "activation", stage - 1):
+                shapes = self._mailbox.hear_shapes(message.peer)
         self._shapes[stage, self._micro_size] = shapes
 
     def _receiving_stage(self, message: Message) -> int:
@@ -439,15 +464,11 @@ class StageEngine(StepControl, PipelineEngine):
         floating = with_gradient(as_list(slot.inputs))
         return [torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in floating]
 
-    @contextmanager
-    def _waiting(self, op: Op, what: str) -> Iterator[None]:
-        stage = self._stage(op) + (-1 if what == "activation" else 1)
-        source = self._shape.placement.rank(stage)
-        step = self.global_steps + 1
-        with self._watch.waiting_for(
-            f"{what} of micro-batch {op.micro_batch} from stage {source}, step {step}"
-        ):
-            yield
+    def _waiting(self, at: Op | Message, what: str, virtual_stage: int) -> AbstractContextManager[None]:
+        source, step = self._shape.placement.rank(virtual_stage), self.global_steps + 1
+        return self._watch.waiting_for(
+            f"{what} of micro-batch {at.micro_batch} from stage {source}, step {step}"
+        )
 
     # ---- places
 

@@ -164,7 +164,7 @@ def collectives(small: int) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mcore_on_cpu, "SMALL", small)
         return {
-            "sum": mcore_on_cpu.reduce(x, group).tolist(),
+            "sum": mcore_on_cpu.reduce(x.clone(), group).tolist(),
             "last": mcore_on_cpu.gather_along_last_dim(x, group).tolist(),
             "first": mcore_on_cpu.gather_along_first_dim(x, group).tolist(),
             "scatter": mcore_on_cpu.reduce_scatter_along_first_dim(x, group).tolist(),

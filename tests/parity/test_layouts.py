@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from pretrain.parity import Trace, compare
-from tests.parity.conftest import OneProcess
+from tests.conftest import OneProcess
 from tests.parity.record import record_raw
 from tests.ranks import RankPool
 from tests.runs import tiny

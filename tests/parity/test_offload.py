@@ -8,7 +8,7 @@ import pytest
 from model_providers.cost import parameters
 from pretrain.engine.preflight import libaio_is_there
 from pretrain.parity import compare
-from tests.parity.conftest import OneProcess
+from tests.conftest import OneProcess
 from tests.parity.record import record_raw
 from tests.parity.test_layouts import assert_same
 from tests.ranks import RankPool

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pretrain.parity import compare
-from tests.parity.conftest import OneProcess
+from tests.conftest import OneProcess
 from tests.parity.record import record_raw
 from tests.parity.test_layouts import assert_same
 from tests.ranks import RankPool

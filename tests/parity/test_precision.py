@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity.conftest import OneProcess
+from tests.conftest import OneProcess
 from tests.parity.record import record_raw
 from tests.ranks import RankPool
 from tests.runs import tiny

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.parity.conftest import OneProcess
+from tests.conftest import OneProcess
 from tests.parity.record import record_raw
 from tests.parity.test_layouts import assert_same
 from tests.ranks import RankPool
@@ -94,6 +94,22 @@ def test_schedules_go_with_tensor_and_data_parallelism(
     raw = tiny(corpus, out, **MANY, **pipeline(name, 2, **layout))
     trace = ranks.run(record_raw, world_size, raw, STEPS)[0]
     assert_same(trace, one_process(STEPS, **MANY))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["1f1b", "interleaved"])
+def test_zero_2_in_a_pipeline_computes_what_one_process_does(
+    ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, name: str, dtype: str
+) -> None:
+    changes = {**MANY, "model__tie_embeddings": False}
+    sharded = {**pipeline(name, 2), "deepspeed": "zero2.json", "precision": dtype}
+    trace = ranks.run(record_raw, 4, tiny(corpus, out, **changes, **sharded), STEPS)[0]
+    wanted = one_process(STEPS, **changes)
+    if dtype == "fp32":
+        assert_same(trace, wanted)
+    else:
+        assert trace.losses == pytest.approx(wanted.losses, rel=5e-3)
 
 
 @pytest.mark.ranks

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.conftest import OneProcess
 from tests.opened import opened
-from tests.parity.conftest import OneProcess
 from tests.parity.record import record_raw
 from tests.parity.test_layouts import assert_same
 from tests.ranks import RankPool

@@ -23,11 +23,32 @@ CASES: tuple[tuple[str, int, dict[str, Any], dict[str, Any] | None, str], ...] =
         r"layout\.sequence_parallel=true with layout\.tp=1.*use tp > 1, or false",
     ),
     (
-        "pipeline_needs_zero_below_2",
+        "pipeline_needs_zero_below_3",
         2,
         {"layout__pp": 2},
+        {"zero_optimization": {"stage": 3}},
+        r"stage=3 cannot run with layout\.pp=2.*stage 1 with pp=2; or stage 1 and offload.*or stage 3 with pp=1",
+    ),
+    (
+        "zero_2_in_a_pipeline_is_sound",
+        2,
+        {"layout__pp": 2, "model__tie_embeddings": True},
         {"zero_optimization": {"stage": 2}},
-        r"stage=2 cannot run with layout\.pp=2.*stage 1 with pp=2; or stage 1 and offload.*or stage 2 with pp=1",
+        r"stage=2 with layout\.pp=2 and model\.tie_embeddings=true.*use stage 1, or model\.tie_embeddings=false",
+    ),
+    (
+        "zero_2_in_a_pipeline_is_sound",
+        2,
+        {"layout": {"pp": 2, "schedule": "zb-h1"}},
+        {"zero_optimization": {"stage": 2}},
+        r"stage=2 with layout\.pp=2 and layout\.schedule=zb-h1.*use stage 1, or 1f1b or interleaved",
+    ),
+    (
+        "zero_2_in_a_pipeline_is_sound",
+        2,
+        {"layout__pp": 2, "model__tie_embeddings": False},
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+        r"stage=2 with layout\.pp=2 and offload_optimizer: not tried together; use stage 1",
     ),
     (
         "half_precision_needs_zero",
@@ -281,7 +302,7 @@ def test_sizes_that_do_not_divide_are_refused_with_the_nearest_that_do(
 
 def test_all_faults_are_told_at_once(corpus: str, out: Path, tmp_path: Path) -> None:
     path = tmp_path / "deepspeed.json"
-    path.write_text('{"zero_optimization": {"stage": 2}}')
+    path.write_text('{"zero_optimization": {"stage": 3}}')
     raw = tiny(
         corpus, out, layout={"pp": 2, "sequence_parallel": True}, optimizer__type="AdamZ", deepspeed=str(path)
     )
@@ -290,7 +311,7 @@ def test_all_faults_are_told_at_once(corpus: str, out: Path, tmp_path: Path) -> 
     text = str(told.value)
     assert text.startswith("3 faults:")
     assert all(
-        part in text for part in ("sequence_parallel=true", "stage=2 cannot run", "optimizer.type=AdamZ")
+        part in text for part in ("sequence_parallel=true", "stage=3 cannot run", "optimizer.type=AdamZ")
     )
 
 

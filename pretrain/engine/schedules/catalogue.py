@@ -59,7 +59,9 @@ def schedule_fault(name: str, *, stages: int, chunks: int, num_micro_batches: in
     if name not in SCHEDULES:
         near = difflib.get_close_matches(name, SCHEDULES, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        return f"layout.schedule={name}: unknown; {hint}there are {', '.join(SCHEDULES)}"
+        return (
+            f"layout.schedule={name}: unknown; {hint}there are {', '.join(SCHEDULES)}, and auto in a run file"
+        )
     kind = SCHEDULES[name]
     if kind.chunks == "one" and chunks != 1:
         with_chunks = " or ".join(other for other, row in SCHEDULES.items() if row.chunks != "one")
