@@ -29,8 +29,11 @@ def run_file(corpus: str, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def no_process_is_left(tmp_path: Path) -> Iterator[None]:
+def no_process_and_no_memory_is_left(tmp_path: Path) -> Iterator[None]:
+    """DeepSpeed's shared-memory buffers outlive their processes, 69 MB a rank, unless somebody unlinks them."""
+    before = set(Path("/dev/shm").glob("deepspeed_*"))
     yield
+    assert set(Path("/dev/shm").glob("deepspeed_*")) <= before
     left = [
         process.info for process in psutil.process_iter(["pid", "cmdline"]) if _names(process, str(tmp_path))
     ]
