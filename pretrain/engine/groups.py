@@ -131,7 +131,7 @@ def _load_shared_memory_collectives() -> None:
 
 
 def _release_shared_memory() -> None:
-    """Take the names of DeepSpeed's buffers away now that all ranks have mapped them; the memory goes with the last rank.
+    """Take the names of DeepSpeed's buffers away now that all ranks have mapped them: the memory ends with them.
 
     DeepSpeed 0.19 leaves 69 MB a rank in /dev/shm, which is memory, after every run (csrc/cpu/comm/shm.cpp).
     """
