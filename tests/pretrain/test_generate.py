@@ -1,8 +1,12 @@
-"""Sampling from logits, and what `megaloom generate` refuses."""
+"""Sampling from logits, and how far a model can speak."""
 
+import pytest
 import torch
 
-from pretrain.generate import Sampling, choose
+from data_tools.tokenizer import load_tokenizer
+from model_providers.config import ModelConfig
+from pretrain.errors import RunError
+from pretrain.generate import Generator, Sampling, choose
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0])
 
@@ -38,3 +42,20 @@ def test_probabilities_are_those_of_the_softmax() -> None:
     for _ in range(4000):
         counts[choose(LOGITS.clone(), Sampling(temperature=0.5), random)] += 1
     assert torch.allclose(counts / 4000, (LOGITS / 0.5).softmax(-1), atol=0.02)
+
+
+def test_learned_positions_end_somewhere() -> None:
+    """Rotary positions go on beyond what was trained; a table of positions does not."""
+    model = ModelConfig(
+        num_layers=1,
+        hidden_size=8,
+        num_attention_heads=2,
+        vocab_size=257,
+        position_embedding="learned",
+        max_sequence_length=16,
+    )
+    speaker = Generator([], model, load_tokenizer("bytes"), torch.device("cpu"))
+    with pytest.raises(
+        RunError, match=r"18 tokens together, .*model\.max_sequence_length=16; shorten either"
+    ):
+        speaker.continue_text("12345678", num_tokens=10, sampling=Sampling())
