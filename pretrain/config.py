@@ -156,6 +156,9 @@ class TrainConfig(Facts):
     eval_at_start: bool = Field(False, description="evaluate the initial weights too")
     eval_samples: int = Field(256, ge=1, description="samples of each validation set that are evaluated")
     eval_micro_size: int | None = Field(None, ge=1, description="batch.micro_size if not given")
+    tie_check_every: int = Field(
+        0, ge=0, description="steps between looks whether tied weights are equal on all stages; 0: never"
+    )
     stop_on_nan: bool = Field(
         True, description="stop, naming the first layer and rank, when a number is not finite"
     )

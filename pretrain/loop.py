@@ -30,6 +30,10 @@ class NotFinite(RunError):
     """A step met a number that is not finite; the text names the first tensor and rank."""
 
 
+class TiesApart(RunError):
+    """Copies of a tied weight differ between pipeline stages."""
+
+
 @dataclass
 class Loop:
     """What the loop works with.
@@ -98,7 +102,17 @@ class Loop:
                 f"at samples {step * run.global_size} to {(step + 1) * run.global_size - 1}; "
                 "train.stop_on_nan=false skips such steps instead"
             )
+        if due(step + 1, run.config.train.tie_check_every):
+            self._check_ties(step + 1)
         return record
+
+    def _check_ties(self, done: int) -> None:
+        drift = self.engine.tie_drift()
+        if drift:
+            raise TiesApart(
+                f"step {done}: the copies of a tied weight differ by {drift:g} between pipeline stages; the last "
+                "checkpoint from before the step that parted them is good. Please report it with the run file"
+            )
 
     def _tell(self, record: Record, *, always: bool) -> None:
         if always or record.losses_by_set or due(record.step, self.run.config.monitor.log_every):

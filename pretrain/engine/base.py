@@ -82,6 +82,10 @@ class Engine(ABC):
     def learning_rate(self) -> float:
         return float(self.deepspeed.optimizer.param_groups[0]["lr"])
 
+    def tie_drift(self) -> float:
+        """Largest difference between the copies of any tied weight over pipeline stages; collective, 0.0 if none."""
+        return 0.0
+
     def before_step(self, look: Callable[[], None]) -> None:
         """Call ``look`` after each gradient reduction, before clipping and the optimizer's step."""
         self.deepspeed.before_step_callbacks.append(look)

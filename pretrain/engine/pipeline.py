@@ -557,6 +557,15 @@ class PipelineTrainer(Engine):
         assert len(batches) == self.deepspeed.micro_batches
         return self._result(self.deepspeed.run_training(batches, self.deepspeed.micro_batch_size))
 
+    def tie_drift(self) -> float:
+        largest = torch.zeros((), device=self.groups.device)
+        for parameter, group in self.deepspeed.module.get_tied_weights_and_groups():
+            copies = [torch.empty_like(parameter) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(copies, parameter.detach().contiguous(), group=group)
+            largest = torch.maximum(largest, (copies[0].float() - copies[1].float()).abs().max())
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return float(largest)
+
     def eval_step(self, batches: Sequence[MicroBatch | None], *, micro_size: int) -> float:
         return self.deepspeed.run_evaluation(batches, micro_size)
 

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 
+from pretrain.loop import Loop, TiesApart
 from tests.conftest import OneProcess
 from tests.opened import opened
 from tests.parity.record import record_raw
@@ -18,17 +18,12 @@ PIPELINE = '{"zero_optimization": {"stage": 1%s}}'
 OFFLOAD = ', "offload_optimizer": {"device": "cpu"}'
 
 
-def drift(raw: dict[str, Any], steps: int) -> float:
-    """Largest difference between the two copies of the tied weight after some steps; this rank's view."""
+def drift(raw: dict[str, Any], steps: int) -> tuple[float, int]:
+    """Largest difference between the copies of the tied weight after some steps, and how many this rank holds."""
     with opened(raw) as here:
         for _ in range(steps):
             here.engine.train_step(here.feed.next_step())
-    differences = [0.0]
-    for parameter, group in here.engine.module.replicas:
-        copies = [torch.empty_like(parameter) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(copies, parameter.data.contiguous(), group=group)
-        differences.append(float((copies[0] - copies[1]).abs().max()))
-    return max(differences) if len(differences) > 1 else -1.0
+        return here.engine.tie_drift(), len(here.engine.module.replicas)
 
 
 @pytest.mark.ranks
@@ -42,7 +37,52 @@ def test_tied_copies_stay_bitwise_equal(
     document.write_text(PIPELINE % offload)
     raw = tiny(corpus, out, layout={"pp": pp}, precision=dtype, deepspeed=str(document), optimizer__lr=1e-2)
     drifts = ranks.run(drift, pp * dp, raw, 6)
-    assert max(drifts) == 0.0, "the first and last stages hold a copy, and both are equal"
+    assert {difference for difference, _ in drifts} == {0.0}
+    assert sum(copies for _, copies in drifts) == 2 * dp, "the first and last stages hold a copy"
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("layout", [{"chunks": 2, "schedule": "interleaved"}, {"schedule": "zb-h1"}], ids=str)
+def test_tied_copies_stay_bitwise_equal_in_other_schedules(
+    ranks: RankPool, corpus: str, out: Path, layout: dict[str, Any]
+) -> None:
+    raw = tiny(corpus, out, layout={"pp": 2, **layout}, precision="bf16", deepspeed="pipeline.json")
+    assert ranks.run(drift, 2, raw, 6) == [(0.0, 1)] * 2
+
+
+def part_the_copies(raw: dict[str, Any]) -> str:
+    """Train with a check every second step; one copy is touched before the third."""
+    with opened(raw) as here:
+
+        class Touching(Loop):
+            def _one_step(self, step: int, *rest: Any) -> Any:
+                if step == 2 and dist.get_rank() == 1:
+                    here.engine.module.replicas[0][0].data[0, 0] += 0.5
+                return super()._one_step(step, *rest)
+
+        loop = Touching(
+            run=here.run,
+            engine=here.engine,
+            feed=here.feed,
+            evaluate=dict,
+            test=dict,
+            save=lambda step: None,
+            sinks=[],
+        )
+        try:
+            loop.train(0)
+        except TiesApart as stop:
+            return str(stop)
+    return "not noticed"
+
+
+@pytest.mark.ranks
+def test_copies_that_come_apart_stop_the_run(ranks: RankPool, corpus: str, out: Path) -> None:
+    raw = tiny(
+        corpus, out, layout={"pp": 2}, deepspeed="zero0.json", train={"steps": 6, "tie_check_every": 2}
+    )
+    for message in ranks.run(part_the_copies, 2, raw):
+        assert message.startswith("step 4: the copies of a tied weight differ by 0.")
 
 
 @pytest.mark.ranks

@@ -46,8 +46,10 @@ def named_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         (2, {"layout": {"tp": 2, "sequence_parallel": True}}),
         (2, {"layout": {"pp": 2}, "deepspeed": "pipeline.json"}),
         (4, {"layout": {"pp": 2}, "deepspeed": "pipeline.json"}),
+        (2, {"layout": {"pp": 2, "chunks": 2, "schedule": "zb-v"}, "deepspeed": "pipeline.json"}),
+        (2, {"layout": {"pp": 2, "chunks": 3, "schedule": "interleaved"}, "deepspeed": "pipeline.json"}),
     ],
-    ids=["dp2", "dp2-zero3", "tp2+sp", "pp2", "pp2-dp2"],
+    ids=["dp2", "dp2-zero3", "tp2+sp", "pp2", "pp2-dp2", "zb-v", "interleaved"],
 )
 @pytest.mark.parametrize("micro_size", [None, 1, 3])
 def test_validation_losses_do_not_depend_on_the_layout(
