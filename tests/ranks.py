@@ -149,6 +149,7 @@ CPU_ONLY_ENVIRONMENT = {
     "GLOO_SOCKET_IFNAME": "lo",
     "TOKENIZERS_PARALLELISM": "false",
     "DEEPSPEED_LOG_LEVEL": "error",
+    "TORCHDYNAMO_DISABLE": "1",  # DeepSpeed's Muon compiles its iteration: half a minute on every rank
 }
 
 

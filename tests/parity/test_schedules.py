@@ -22,7 +22,7 @@ from tests.ranks import RankPool
 from tests.runs import tiny
 
 STEPS = 5
-MANY = {"batch": {"global_size": 16, "micro_size": 1}, "model__num_layers": 6}  # 8 or 16 micro-batches
+MANY = {"batch": {"global_size": 8, "micro_size": 1}, "model__num_layers": 6}  # 4 or 8 micro-batches
 FAMILIES = {
     "gpipe": 1,
     "1f1b": 1,
