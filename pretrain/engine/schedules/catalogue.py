@@ -74,11 +74,12 @@ def schedule_fault(name: str, *, stages: int, chunks: int, num_micro_batches: in
         plain = "1f1b" if name == "interleaved" else "zb-h1"
         return f"layout.chunks={chunks} with layout.schedule={name}: use layout.chunks=2 or more, or {plain}"
     if kind.in_groups and num_micro_batches % stages:
+        batches = "batch" if num_micro_batches == 1 else "batches"
         legal = sorted(
             {max(1, num_micro_batches // stages) * stages, math.ceil(num_micro_batches / stages) * stages}
         )
         return (
-            f"layout.schedule={name} with {num_micro_batches} micro-batches: they pass in groups of "
+            f"layout.schedule={name} with {num_micro_batches} micro-{batches}: they pass in groups of "
             f"layout.pp={stages}; use {' or '.join(map(str, legal))} (batch.accumulation_steps), or "
             f"{'1f1b' if name == 'interleaved' else 'zb-h1'} with layout.chunks=1"
         )
