@@ -74,8 +74,9 @@ def record(run: Run, steps: int) -> Trace | None:
     logs.start(groups.rank)
     check_place(run, groups)
     data = open_run_data(run, groups)
-    run, groups = settle_schedule(run, groups)
-    engine = make_engine(run, make_plan(run, groups), groups)
+    plan = make_plan(run, groups)
+    run, groups = settle_schedule(run, plan, groups)
+    engine = make_engine(run, plan, groups)
     feed = Feed(data.train, run, groups, consumed_samples=0)
     seen: list[Tensors] = []
 

@@ -45,8 +45,8 @@ def train(run: Run) -> Outcome:
     console = logs.start(groups.rank, run.folder if groups.is_first else None)
     check_place(run, groups)
     data = open_run_data(run, groups)
-    run, groups = settle_schedule(run, groups)
     plan = make_plan(run, groups)
+    run, groups = settle_schedule(run, plan, groups)
     checkpoint = save_load.find(run, groups)
     engine = make_engine(run, plan, groups)
     state = save_load.load(checkpoint, engine) if checkpoint else make_state(run, data, step=0)
@@ -86,7 +86,7 @@ def check_place(run: Run, groups: Groups) -> None:
         raise RunError(fault)
 
 
-def settle_schedule(run: Run, groups: Groups) -> tuple[Run, Groups]:
+def settle_schedule(run: Run, plan: LayerPlan, groups: Groups) -> tuple[Run, Groups]:
     """`layout.schedule: auto` becomes the schedule that is expected to be the fastest here; every rank calls it."""
     if run.config.layout.schedule != AUTO_SCHEDULE or run.layout.pp == 1:
         return run, groups
@@ -95,7 +95,7 @@ def settle_schedule(run: Run, groups: Groups) -> tuple[Run, Groups]:
     segments = torch.zeros(shape, dtype=torch.int32, device=groups.device)
     inputs = GPTInputs(tokens, segments if run.config.data.documents == "reset" else None)
     batch = MicroBatch(inputs.to_wire(), (tokens, tokens))
-    layers, transfer_s = auto_schedule.measure(make_plan(run, groups), batch, groups)
+    layers, transfer_s = auto_schedule.measure(plan, batch, groups)
     found = auto_schedule.candidates(
         run,
         layers,

@@ -55,7 +55,7 @@ class Candidate:
     @property
     def title(self) -> str:
         chunks = f", {self.chunks} chunks" if self.chunks > 1 else ""
-        return f"{self.schedule}{chunks}: {1e3 * self.step_s:.0f} ms, {self.live:g} micro-batches held"
+        return f"{self.schedule}{chunks}: {1e3 * self.step_s:.0f} ms, {self.live:.3g} micro-batches held"
 
 
 def measure(plan: LayerPlan, batch: MicroBatch, groups: Groups) -> tuple[list[LayerTimes], float]:

@@ -18,7 +18,7 @@ from pretrain.engine.schedules.catalogue import SCHEDULES
 from pretrain.engine.waiting import WaitWatch
 from pretrain.errors import RunError
 from pretrain.parity import Tensors
-from pretrain.run import settle_schedule
+from pretrain.run import make_plan, settle_schedule
 from tests.conftest import OneProcess
 from tests.opened import opened
 from tests.parity.record import record_raw
@@ -169,7 +169,8 @@ def test_auto_chooses_by_what_was_measured_and_all_ranks_agree(
 
 def choose(raw: dict[str, Any]) -> tuple[str, int]:
     run = make_run(raw, world_size=dist.get_world_size())
-    settled, groups = settle_schedule(run, join(run.layout))
+    groups = join(run.layout)
+    settled, groups = settle_schedule(run, make_plan(run, groups), groups)
     assert groups.layout == settled.layout and settled.layout.chunks == settled.config.layout.chunks
     return settled.config.layout.schedule, settled.layout.chunks
 
