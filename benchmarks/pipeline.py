@@ -203,8 +203,9 @@ def run_ours(case: Case, contender: Contender) -> list[float]:
     from pretrain.config import OptimizerConfig
     from pretrain.engine.base import MicroBatch
     from pretrain.engine.groups import join
-    from pretrain.engine.pipeline import PipelineShape, build_pipeline_engine
+    from pretrain.engine.pipeline import build_pipeline_engine
     from pretrain.engine.schedules.catalogue import placement_of
+    from pretrain.engine.stage_module import PipelineShape
 
     placement = placement_of(contender.schedule, stages=case.pp, chunks=contender.chunks)
     groups = join(Layout(pp=case.pp, chunks=placement.chunks, placement=placement.style))

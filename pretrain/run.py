@@ -23,8 +23,9 @@ from pretrain.engine import auto_schedule, preflight
 from pretrain.engine.base import Engine, MicroBatch
 from pretrain.engine.groups import Groups, join
 from pretrain.engine.layers import tied_names
-from pretrain.engine.pipeline import PipelineShape, build_pipeline_engine
+from pretrain.engine.pipeline import build_pipeline_engine
 from pretrain.engine.schedules.ops import Placement
+from pretrain.engine.stage_module import PipelineShape
 from pretrain.engine.zero import build_zero_engine
 from pretrain.errors import RunError
 from pretrain.evaluate import evaluate_all

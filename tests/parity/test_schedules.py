@@ -10,7 +10,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from pretrain.batches import Feed, open_run_data
 from pretrain.config_io import make_run
 from pretrain.engine.groups import join
-from pretrain.engine.pipeline import StageModule
+from pretrain.engine.stage_module import StageModule
 from pretrain.engine.step_control import StepControl
 from pretrain.optim import learning_rate_factor
 from pretrain.parity import compare
