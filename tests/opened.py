@@ -1,6 +1,6 @@
 """A run up to its engine and its feed, on the ranks that are there: what most tasks of tests begin with."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from pretrain.batches import Feed, open_run_data
 from pretrain.config_io import Run, make_run
 from pretrain.engine.base import Engine
 from pretrain.engine.groups import Groups, join
+from pretrain.loop import Loop
 from pretrain.run import make_engine, make_plan
 
 
@@ -36,3 +37,16 @@ def opened(raw: dict[str, Any]) -> Iterator[Opened]:
         yield Opened(run, groups, data, engine, feed)
     finally:
         feed.close()
+
+
+def loop_on(
+    here: Opened,
+    kind: type[Loop] = Loop,
+    *,
+    save: Callable[[int], None] = lambda step: None,
+    sinks: Sequence[Any] = (),
+) -> Loop:
+    """A loop that evaluates nothing."""
+    return kind(
+        run=here.run, engine=here.engine, feed=here.feed, evaluate=dict, test=dict, save=save, sinks=sinks
+    )

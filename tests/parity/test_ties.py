@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from pretrain.loop import Loop, TiesApart
 from tests.conftest import OneProcess
-from tests.opened import opened
+from tests.opened import loop_on, opened
 from tests.parity.record import record_raw
 from tests.parity.test_layouts import assert_same
 from tests.ranks import RankPool
@@ -60,15 +60,7 @@ def part_the_copies(raw: dict[str, Any]) -> str:
                     here.engine.module.replicas[0][0].data[0, 0] += 0.5
                 return super()._one_step(step, *rest)
 
-        loop = Touching(
-            run=here.run,
-            engine=here.engine,
-            feed=here.feed,
-            evaluate=dict,
-            test=dict,
-            save=lambda step: None,
-            sinks=[],
-        )
+        loop = loop_on(here, Touching)
         try:
             loop.train(0)
         except TiesApart as stop:

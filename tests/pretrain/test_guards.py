@@ -15,7 +15,7 @@ from pretrain.engine.base import StepResult
 from pretrain.loop import Loop, NotFinite
 from pretrain.monitor.guards import MAX_SKIPPED_IN_A_ROW, FiniteGuard, StopSignal
 from pretrain.parity import whole_model
-from tests.opened import opened
+from tests.opened import loop_on, opened
 from tests.ranks import RankPool
 from tests.runs import tiny
 
@@ -53,15 +53,7 @@ def train_with_fault(raw: dict[str, Any], layer: str, phase: str, rank: int) -> 
         for built in here.engine.layers:
             if built.plan.name == layer:
                 built.module.register_forward_hook(spoil)
-        loop = Counting(
-            run=here.run,
-            engine=here.engine,
-            feed=here.feed,
-            evaluate=dict,
-            test=dict,
-            save=lambda step: None,
-            sinks=[Watcher()],
-        )
+        loop = loop_on(here, Counting, sinks=[Watcher()])
         try:
             loop.train(0)
         except NotFinite as stop:
@@ -138,15 +130,7 @@ def ask_one_rank_to_stop(raw: dict[str, Any], number: int) -> tuple[str, int, bo
 
     before = signal.getsignal(number)
     with opened(raw) as here:
-        loop = Loop(
-            run=here.run,
-            engine=here.engine,
-            feed=here.feed,
-            evaluate=dict,
-            test=dict,
-            save=saved.append,
-            sinks=[Signaller()],
-        )
+        loop = loop_on(here, save=saved.append, sinks=[Signaller()])
         outcome = loop.train(0)
     return outcome.name, saved[-1], signal.getsignal(number) == before
 
