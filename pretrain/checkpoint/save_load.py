@@ -132,7 +132,10 @@ def _candidates(run: Run) -> tuple[list[str], str | None]:
         )
     if resume in ("never", "auto"):
         return [str(folder) for folder in own], None
-    folder = store.wanted(resume, key="checkpoint.resume")
+    try:
+        folder = store.wanted(resume, key="checkpoint.resume")
+    except RunError as refusal:  # only the first rank looks; the others must hear of it
+        return [], str(refusal)
     if folder.resolve().parent != root.resolve():
         return [str(path) for path in own] or [str(folder)], None
     later = [path.name for path in own if store.step_of(path) > store.step_of(folder)]

@@ -116,6 +116,32 @@ def find_only(raw: dict[str, Any]) -> str | None:
     return found.name if found else None
 
 
+def find_after_the_folder_is_gone(raw: dict[str, Any], folder: str) -> str:
+    """What a rank says when the folder to go on from vanishes between the checks and the start."""
+    run = make_run(raw, world_size=dist.get_world_size())
+    groups = join(run.layout)
+    dist.barrier()
+    if groups.is_first:
+        Path(folder).rename(f"{folder}.gone")
+    dist.barrier()
+    try:
+        save_load.find(run, groups)
+    except RunError as mistake:
+        return str(mistake)
+    return "not refused"
+
+
+@pytest.mark.ranks
+def test_all_ranks_hear_that_there_is_nothing_to_go_on_from(
+    ranks: RankPool, copied: tuple[dict[str, Any], Path]
+) -> None:
+    raw, root = copied
+    folder = str(root / "step-0000004")
+    raw = {**raw, "name": "branch", "checkpoint": {"resume": folder}}
+    for message in ranks.run(find_after_the_folder_is_gone, 2, raw, folder):
+        assert "no checkpoint there; give a run's folder" in message
+
+
 def refused(raw: dict[str, Any]) -> str:
     """The message with which this run refuses to go on."""
     try:
