@@ -10,6 +10,7 @@ other in one pool of processes; medians of a few steps.
     python benchmarks/pipeline.py --numel 8388608              # activations of 32 MB
     python benchmarks/pipeline.py --pp 8 --micro-batches 16 --layers 16
     python benchmarks/pipeline.py --layer-ms 0                 # nothing but the engines' own work
+    python benchmarks/pipeline.py --pp 2 --dp 2 --reduce-ms 200   # two copies; a chunk's gradients take 200 ms to sum
 """
 
 import argparse
@@ -48,6 +49,8 @@ class Case:
     slow: tuple[int, float] | None  # layer, factor
     numel: int
     steps: int
+    dp: int = 1
+    reduce_s: float = 0.0  # one average of gradients over the copies of the model
 
     def factor(self, layer: int) -> float:
         return self.slow[1] if self.slow is not None and self.slow[0] == layer else 1.0
@@ -58,12 +61,15 @@ class Contender:
     engine: str  # ours, deepspeed or torch
     schedule: str
     chunks: int = 1
+    averages_last: bool = False  # gradients are averaged after the last operation, as DeepSpeed does
 
     @property
     def title(self) -> str:
         names = {"ours": "Megaloom", "deepspeed": "DeepSpeed", "torch": "torch.distributed.pipelining"}
         chunks = f", {self.chunks} chunks" if self.chunks > 1 else ""
-        return f"{names[self.engine]} {self.schedule}{chunks}"
+        return f"{names[self.engine]} {self.schedule}{chunks}" + (
+            ", averages last" if self.averages_last else ""
+        )
 
 
 CONTENDERS = (
@@ -78,6 +84,12 @@ CONTENDERS = (
     Contender("torch", "zb-v", 2),
     Contender("ours", "zb-v", 2),
     Contender("ours", "interleaved-zb", 2),
+)
+# With copies of the model: averages of finished chunks while others work, against all of them at the end.
+COPIED = tuple(
+    Contender("ours", schedule, chunks, last)
+    for schedule, chunks in (("1f1b", 1), ("interleaved", 2), ("zb-v", 2))
+    for last in (True, False)
 )
 
 
@@ -170,6 +182,43 @@ class LateSend:
         return self.gone.is_set() and self.work.is_completed()  # type: ignore[attr-defined]
 
 
+class LateSums:
+    """Averages of gradients that take their time, one after the other, as on a link that others use too."""
+
+    def __init__(self, reduce_s: float):
+        self._reduce_s, self._free_s = reduce_s, 0.0
+        self._lock = threading.Lock()
+
+    def due_s(self) -> float:
+        with self._lock:
+            self._free_s = max(self._free_s, time.monotonic()) + self._reduce_s
+            return self._free_s
+
+    def around(self, engine: Any, *, averages_last: bool) -> None:
+        """Put the time into an engine's averages, or into their place after the last operation."""
+        finished = engine.finished
+        start, finish = finished.averages.start, finished.averages.finish
+        due = [0.0]
+        held: list[Any] = []
+
+        def begin(gradients: Any) -> None:
+            if averages_last:
+                held.append(gradients)
+            else:
+                due[0] = self.due_s()
+                start(gradients)
+
+        def end() -> None:
+            for gradients in held:
+                due[0] = self.due_s()
+                start(gradients)
+            held.clear()
+            time.sleep(max(0.0, due[0] - time.monotonic()))
+            finish()
+
+        finished.averages.start, finished.averages.finish = begin, end
+
+
 def loss_of(output: torch.Tensor, targets: Any) -> torch.Tensor:
     return output.mean()
 
@@ -208,7 +257,7 @@ def run_ours(case: Case, contender: Contender) -> list[float]:
     from pretrain.engine.stage_module import PipelineShape
 
     placement = placement_of(contender.schedule, stages=case.pp, chunks=contender.chunks)
-    groups = join(Layout(pp=case.pp, chunks=placement.chunks, placement=placement.style))
+    groups = join(Layout(pp=case.pp, dp=case.dp, chunks=placement.chunks, placement=placement.style))
     cost = LayerCost(*(1,) * len(LayerCost._fields))
     plan = LayerPlan(
         layers=tuple(
@@ -228,6 +277,10 @@ def run_ours(case: Case, contender: Contender) -> list[float]:
     engine = build_pipeline_engine(
         plan, groups, shape, json={**deepspeed_json(case), "pipeline": {}}, optimizer=OptimizerConfig()
     )
+    if case.dp > 1:
+        LateSums(case.reduce_s / contender.chunks).around(
+            engine.deepspeed, averages_last=contender.averages_last
+        )
     if case.link_s:
         late = LateSends(case.link_s)
         mailbox = engine.deepspeed._mailbox
@@ -391,14 +444,18 @@ def main() -> None:
         slow=slow,
         numel=words.numel,
         steps=words.steps,
+        dp=words.dp,
+        reduce_s=words.reduce_ms / 1e3,
     )
-    wanted = [c for c in CONTENDERS if not words.only or c.schedule in words.only]
-    pool = RankPool(size=case.pp)
+    contenders = CONTENDERS if case.dp == 1 else COPIED
+    wanted = [c for c in contenders if not words.only or c.schedule in words.only]
+    num_ranks = case.pp * case.dp
+    pool = RankPool(size=num_ranks)
     times: dict[Contender, float] = {}
     console = Console(width=None if sys.stdout.isatty() else 120)
     try:
         for contender in wanted:
-            result = pool.run(on_a_rank, case.pp, case, contender, timeout_s=600)[0]
+            result = pool.run(on_a_rank, num_ranks, case, contender, timeout_s=600)[0]
             times[contender] = statistics.median(result)
             print(f"{contender.title}: {1e3 * times[contender]:.1f} ms", file=sys.stderr, flush=True)
     finally:
@@ -408,7 +465,8 @@ def main() -> None:
 
 def table(case: Case, times: dict[Contender, float]) -> Table:
     work = replace(case, jitter=0.0)
-    title = f"{case.pp} ranks, {case.micro_batches} micro-batches, "
+    copies = f" x {case.dp} copies, averages {1e3 * case.reduce_s:g} ms" if case.dp > 1 else ""
+    title = f"{case.pp} ranks{copies}, {case.micro_batches} micro-batches, "
     title += f"{case.layers} layers of 3 x {1e3 * case.layer_s:g} ms"
     title += f", links {1e3 * case.link_s:g} ms" if case.link_s else ""
     title += f", jitter {case.jitter:.0%}" if case.jitter else ""
@@ -417,7 +475,7 @@ def table(case: Case, times: dict[Contender, float]) -> Table:
     rows = Table("contender", "ms", "simulated", "ratio", "theory", "against 1F1B", title=title)
     plain = times.get(Contender("ours", "1f1b"))
     for contender, seconds in times.items():
-        expected = simulated_s(work, contender)
+        expected = None if case.dp > 1 else simulated_s(work, contender)
         rows.add_row(
             contender.title,
             f"{1e3 * seconds:.1f}",
@@ -439,6 +497,10 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--jitter", type=float, default=0.0, help="share by which every time varies")
     own.add_argument("--slow", metavar="LAYER:FACTOR")
     own.add_argument("--numel", type=int, default=1024, help="numbers in an activation")
+    own.add_argument("--dp", type=int, default=1, help="copies of the model")
+    own.add_argument(
+        "--reduce-ms", type=float, default=0.0, help="what averaging a rank's gradients over the copies takes"
+    )
     own.add_argument("--steps", type=int, default=3)
     own.add_argument("--only", nargs="+", metavar="SCHEDULE")
     return own

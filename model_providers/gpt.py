@@ -93,6 +93,8 @@ class _Finish(NamedTuple):
         module = construct()
         tied = f"embedding.{WORD_EMBEDDINGS}" if name == "head" and self.model.tie_embeddings else None
         draw_weights(module, self.model, self.seed, name, tp_rank=self.tp_rank, tp=self.tp, tied_to=tied)
+        if self.model.hidden_dropout or self.model.attention_dropout:
+            module.stream = name
         return module.to(self.device)
 
 

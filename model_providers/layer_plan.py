@@ -18,6 +18,7 @@ from torch import nn
 
 from model_providers.cost import LayerCost
 from model_providers.errors import ModelError
+from model_providers.random_streams import begin_layer
 
 
 class GPTInputs(NamedTuple):
@@ -119,6 +120,7 @@ class PlanModule(nn.Module):
     """
 
     takes: type[GPTInputs] | type[GPTValue] = GPTValue
+    stream: str | None = None  # the layer's name, where it draws random numbers in training
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -128,6 +130,8 @@ class PlanModule(nn.Module):
         raise NotImplementedError
 
     def forward(self, value: Any) -> Any:
+        if self.stream is not None and self.training:
+            begin_layer(self.stream)
         if isinstance(value, self.takes):
             return self.apply_to(value)
         output = self.apply_to(self.takes.from_wire(value))

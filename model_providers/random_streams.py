@@ -1,9 +1,10 @@
-"""Where dropout draws from, on CPU and CUDA alike.
+"""Where dropout draws from, on CPU and CUDA alike: a function of (seed, step, micro-batch, layer), with no state.
 
 Two streams, as in megatron-core: the default generator, equal on the ranks of a tensor group (they hold the
 same activations), and the tracker's model-parallel stream, different on each (they hold different heads or
-sequence shards).  The trainer calls ``seed_streams`` at every step with that step's number, so a restart
-needs no saved state.
+sequence shards).  Every layer that draws begins both anew with its own name (`layer_plan.PlanModule`), the engine
+tells the micro-batch, and the loop the step.  So neither a restart, nor recompute, nor the number of stages, chunks
+and replicas, nor the order in which a schedule works changes a mask.
 
 On the CPU the default generator is torch's own: shuffling and sampling must use a Generator of their own.
 """
@@ -72,16 +73,38 @@ def open_tracker(device: str) -> mcore_random.CudaRNGStatesTracker:
     return tracker
 
 
-def seed_streams(
-    seed: int, *, step: int = 0, tp_rank: int = 0, pp_rank: int = 0, dp_rank: int = 0, device: str = "cpu"
-) -> None:
-    """Start both streams afresh from ``seed``, ``step`` and the rank's coordinates."""
-    tracker = open_tracker(device)
+class _Now:
+    """Where this rank is in the run; what the streams are derived from."""
+
+    parts: tuple[int | str, ...] = ()
+    tp_rank = 0
+    device = "cpu"
+    micro_batch = 0
+
+
+def seed_streams(seed: int, *, step: int = 0, tp_rank: int = 0, device: str = "cpu") -> None:
+    """Begin a step: both streams start afresh, for what draws outside layers."""
+    _Now.parts, _Now.tp_rank, _Now.device, _Now.micro_batch = (seed, step), tp_rank, device, 0
+    _start(*_Now.parts)
+
+
+def begin_micro_batch(number: int) -> None:
+    """``number``: counted over all data-parallel ranks of the step, so that masks go with samples."""
+    _Now.micro_batch = number
+
+
+def begin_layer(name: str) -> None:
+    """Both streams are at the beginning of this layer's, for the current micro-batch."""
+    _start(*_Now.parts, _Now.micro_batch, name)
+
+
+def _start(*parts: int | str) -> None:
+    tracker = open_tracker(_Now.device)
     tracker.reset()
-    shared = derive_seed("default", seed, step, pp_rank, dp_rank)
-    if device == "cpu":
+    shared = derive_seed("default", *parts)
+    if _Now.device == "cpu":
         torch.default_generator.manual_seed(shared)  # torch.manual_seed would queue one for CUDA too
     else:
-        torch.manual_seed(shared)
+        torch.cuda.manual_seed(shared)
     tracker.add(DATA_PARALLEL_STREAM, shared)
-    tracker.add(MODEL_PARALLEL_STREAM, derive_seed("model-parallel", seed, step, pp_rank, dp_rank, tp_rank))
+    tracker.add(MODEL_PARALLEL_STREAM, derive_seed("model-parallel", *parts, _Now.tp_rank))

@@ -130,15 +130,8 @@ def begin_step(run: Run, engine: Engine, step: int) -> float:
 
 def seed(run: Run, engine: Engine, step: int) -> None:
     """Random streams of this rank in ``step``."""
-    place = engine.groups.place
-    seed_streams(
-        run.config.train.seed,
-        step=step,
-        tp_rank=place.tp,
-        pp_rank=place.pp,
-        dp_rank=place.dp,
-        device=engine.groups.device.type,
-    )
+    groups = engine.groups
+    seed_streams(run.config.train.seed, step=step, tp_rank=groups.place.tp, device=groups.device.type)
 
 
 def tell(sinks: Iterable[Sink], record: Record) -> None:

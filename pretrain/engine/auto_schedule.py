@@ -55,7 +55,8 @@ class Candidate:
     @property
     def title(self) -> str:
         chunks = f", {self.chunks} chunks" if self.chunks > 1 else ""
-        return f"{self.schedule}{chunks}: {1e3 * self.step_s:.0f} ms, {self.live:.3g} micro-batches held"
+        passes = f"about {1e3 * self.step_s:.0f} ms for a step's passes"
+        return f"{self.schedule}{chunks}: {passes}, {self.live:.3g} micro-batches held"
 
 
 def measure(plan: LayerPlan, batch: MicroBatch, groups: Groups) -> tuple[list[LayerTimes], float]:

@@ -19,6 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from model_providers import mcore_on_cpu
 from model_providers.layout import Coordinates, Layout
+from model_providers.random_streams import begin_micro_batch
 from pretrain.engine.native_builds import build_obstacle
 from pretrain.engine.quiet import without_stdout
 from pretrain.errors import RunError
@@ -53,6 +54,10 @@ class Groups:
     @property
     def holds_loss(self) -> bool:
         return self.place.pp == self.layout.loss_stage
+
+    def begin_micro_batch(self, number: int) -> None:
+        """What is computed from now on belongs to this rank's micro-batch ``number`` of the step."""
+        begin_micro_batch(number * self.layout.dp + self.place.dp)
 
     def mean_over_dp(self, value: float) -> float:
         """The average of one number over the copies of the model."""

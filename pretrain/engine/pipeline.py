@@ -38,6 +38,7 @@ from pretrain.engine.schedules.catalogue import FORWARD_ONLY, SCHEDULES
 from pretrain.engine.schedules.check import check
 from pretrain.engine.schedules.ops import Kind, Op, Placement
 from pretrain.engine.schedules.transfers import Message, Plan, Receive, Send, batches, lower
+from pretrain.engine.stage_gradients import StageGradients
 from pretrain.engine.stage_module import PipelineShape, StageModule
 from pretrain.engine.step_control import StepControl
 from pretrain.engine.waiting import WaitWatch
@@ -66,7 +67,7 @@ class _BaseIsMade(DeepSpeedEngine):
         self.is_base_made = True
 
 
-class StageEngine(StepControl, PipelineEngine, _BaseIsMade):
+class StageEngine(StepControl, StageGradients, PipelineEngine, _BaseIsMade):
     """DeepSpeed's pipeline engine, working off a plan of ours."""
 
     phase_timers: PhaseTimers
@@ -91,25 +92,15 @@ class StageEngine(StepControl, PipelineEngine, _BaseIsMade):
         if shape.messages == "channel":
             self._mailbox.open_channels(groups.layout.groups("pp"))
         self._watch = WaitWatch(f"rank {groups.rank}, stage {self.stage_id}", shape.hang_s)
-        self._shards_gradients = self.zero_optimization_partition_gradients()
-        if self.using_bf16_optimizer:
-            self._places_in_optimizer = {
-                id(parameter): (i, j)
-                for i, group in enumerate(self.optimizer.bf16_groups)
-                for j, parameter in enumerate(group)
-            }
+        self.begin_gradients(groups.dp)
 
     def run_training(self, batches: Sequence[MicroBatch | None], micro_size: int) -> float:
         """One optimizer step; the mean loss, on every rank."""
         self.module.train()
-        if self._shards_gradients:
-            self.optimizer.set_gradient_accumulation_boundary(False)
+        self.before_passes()
         self._run(self._plan(self._shape.schedule, len(batches)), batches, micro_size)
         with self._telling("the optimizer's step"), self.phase_timers.phase("step"):
-            self._exec_reduce_tied_grads()
-            if self._shards_gradients:
-                self.optimizer.setup_buckets()  # the closing sum expects them, though they stay empty
-            self._exec_reduce_grads()
+            self.after_passes()
             self._exec_optimizer_step()
         return float(self._aggregate_total_loss())
 
@@ -135,13 +126,19 @@ class StageEngine(StepControl, PipelineEngine, _BaseIsMade):
     def _run(self, plan: Plan, batches_: Sequence[MicroBatch | None], micro_size: int) -> None:
         self._batches, self._micro_size, self.total_loss = batches_, micro_size, None
         splits = plan.schedule.splits_backward and torch.is_grad_enabled()
+        finished = self.finished if torch.is_grad_enabled() else None
+        if finished is not None:
+            finished.begin(plan.schedule.orders[self.stage_id])
         with weight_gradients.may_wait() if splits else nullcontext():
             for step in batches(plan.programs[self.stage_id]):
                 if isinstance(step, Op):
+                    self._groups.begin_micro_batch(step.micro_batch)
                     with self._telling(
                         f"the {NAMES[step.kind]} of micro-batch {step.micro_batch}, chunk {step.chunk}"
                     ):
                         self._TABLE[step.kind](self, step)
+                    if finished is not None:
+                        finished.count(step)
                 else:
                     with self._telling("its messages"), self.phase_timers.phase("pipeline"):
                         self._post(step)
@@ -217,11 +214,7 @@ class StageEngine(StepControl, PipelineEngine, _BaseIsMade):
                 assert slot.outputs is not None
                 self._backward_from(as_list(slot.outputs), gradients)
                 slot.outputs = None
-            if self.using_bf16_optimizer:  # its sums have them; the next chunk's must not add them again
-                for parameter in self._parameters_of(op.chunk):
-                    parameter.grad = None
-            if self._shards_gradients:  # hooks have filled the buckets: sum them into this rank's shard now
-                self.optimizer.overlapping_partition_gradients_reduce_epilogue()
+            self.after_backward(op.chunk)
         neighbour = self._neighbour(op, stage - 1)
         if neighbour is not None:
             neighbour.gradients = Arrival(self._input_gradients(slot))
@@ -253,18 +246,7 @@ class StageEngine(StepControl, PipelineEngine, _BaseIsMade):
 
     def _backward_of_weights(self, op: Op) -> None:
         with self.phase_timers.phase("backward"):
-            self._slot(op).waiting.compute(self._accumulate)
-
-    def _accumulate(self, parameter: Any, gradient: torch.Tensor) -> None:
-        """Where the optimizer looks for it."""
-        if self.using_bf16_optimizer:
-            parameter.grad = gradient
-            self.optimizer._update_hp_grad(parameter, *self._places_in_optimizer[id(parameter)], False)
-            parameter.grad = None
-            return
-        parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-        if getattr(self.optimizer, "use_grad_accum_attribute", False):
-            self.optimizer._fill_param_grad_accum_attribute(parameter)
+            self._slot(op).waiting.compute(self.accumulate)
 
     _TABLE: ClassVar[dict[Kind, Callable[..., None]]] = {
         Kind.FORWARD: _forward,
@@ -367,10 +349,6 @@ class StageEngine(StepControl, PipelineEngine, _BaseIsMade):
             return None
         return self._slots[placement.chunk(stage), op.micro_batch]
 
-    def _parameters_of(self, chunk: int) -> Iterator[torch.nn.Parameter]:
-        for layer in self.module.chunks[chunk]:
-            yield from layer.module.parameters()
-
     @contextmanager
     def _chunk(self, chunk: int) -> Iterator[None]:
         """Questions of DeepSpeed's about first and last stages are about this chunk inside."""
@@ -398,26 +376,6 @@ class StageEngine(StepControl, PipelineEngine, _BaseIsMade):
     def _loss_stage_global_rank(self) -> int:
         assert self._placement is not None
         return self.grid.stage_to_global(self._placement.rank(self._placement.last))
-
-    # ---- gradients of tied weights
-
-    def _exec_reduce_tied_grads(self) -> None:
-        """Sum tied gradients over their stages, wherever the optimizer keeps them.
-
-        DeepSpeed 0.19 looks at ``weight.grad`` and skips the sum in silence when it is None, which unties the
-        weights under bf16, fp32 accumulation and CPU offload.
-        """
-        for parameter, group in self.module.get_tied_weights_and_groups():
-            gradient = self._tied_gradient(parameter)
-            assert gradient is not None, "a tied parameter has no gradient on this stage"
-            dist.all_reduce(gradient, group=group)
-
-    def _tied_gradient(self, parameter: Any) -> torch.Tensor | None:
-        if self.using_bf16_optimizer:
-            return parameter._hp_grad
-        if getattr(self.optimizer, "use_grad_accum_attribute", False):
-            return parameter.grad_accum
-        return parameter.grad
 
 
 NAMES = {

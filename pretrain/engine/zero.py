@@ -42,8 +42,9 @@ class ZeroEngine(Engine):
         engine = self.deepspeed
         engine.train()
         total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
-        for batch in batches:
+        for number, batch in enumerate(batches):
             assert batch is not None
+            self.groups.begin_micro_batch(number)
             with self.timers.phase("forward"):
                 loss = engine(batch.inputs, *batch.targets)
             with self.timers.phase("backward"):

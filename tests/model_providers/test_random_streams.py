@@ -6,12 +6,14 @@ import pytest
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from model_providers.random_streams import derive_seed, seed_streams
+from model_providers.random_streams import begin_layer, begin_micro_batch, derive_seed, seed_streams
 
 
-def draws(**place: int) -> tuple[list[float], list[float]]:
+def draws(micro_batch: int = 0, layer: str = "layers.0", **place: int) -> tuple[list[float], list[float]]:
     """From the default stream and from the model-parallel one."""
     seed_streams(7, **place)
+    begin_micro_batch(micro_batch)
+    begin_layer(layer)
     with get_cuda_rng_tracker().fork():
         own = torch.rand(4).tolist()
     return torch.rand(4).tolist(), own
@@ -26,10 +28,20 @@ def test_tensor_ranks_share_the_default_stream_only() -> None:
     assert first == second and first_own != second_own
 
 
-@pytest.mark.parametrize("place", [{"step": 1}, {"pp_rank": 1}, {"dp_rank": 1}], ids=str)
-def test_steps_stages_and_replicas_draw_differently(place: dict[str, int]) -> None:
+@pytest.mark.parametrize("place", [{"step": 1}, {"micro_batch": 1}, {"layer": "layers.1"}], ids=str)
+def test_steps_micro_batches_and_layers_draw_differently(place: dict[str, Any]) -> None:
     (first, first_own), (second, second_own) = draws(), draws(**place)
     assert first != second and first_own != second_own
+
+
+def test_what_was_drawn_before_changes_no_layers_draws() -> None:
+    wanted = draws(micro_batch=2)
+    begin_layer("layers.5")
+    torch.rand(3)
+    begin_layer("layers.0")
+    with get_cuda_rng_tracker().fork():
+        own = torch.rand(4).tolist()
+    assert (torch.rand(4).tolist(), own) == wanted
 
 
 def test_a_fork_leaves_the_outer_stream_where_it_was() -> None:

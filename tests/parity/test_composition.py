@@ -69,6 +69,29 @@ def test_recompute_changes_nothing_even_with_dropout(
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {**PP, "layout": {"pp": 2, "schedule": "zb-v", "chunks": 2}},
+        {**PP, "layout": {"pp": 2, "schedule": "interleaved", "chunks": 2}, "recompute": "full"},
+        DP_ZERO_3,
+        {"layout": {"tp": 2}, "model__attention_dropout": 0.0},  # tensor ranks hold different heads
+    ],
+    ids=["zb-v", "interleaved-recompute", "dp2-zero3", "tp2"],
+)
+def test_dropout_goes_with_samples_and_layers_whatever_the_layout(
+    ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, layout: dict[str, Any]
+) -> None:
+    dropout = {**DROPOUT, **{key: value for key, value in layout.items() if key.startswith("model")}}
+    trace = ranks.run(record_raw, 2, tiny(corpus, out, **{**dropout, **layout}), STEPS)[0]
+    reference = one_process(STEPS, **dropout)
+    assert_same(trace, reference)
+    plain = one_process(STEPS)
+    apart = max(abs(a - b) for a, b in zip(reference.losses, plain.losses, strict=True))
+    assert apart > 1e-3, "dropout must bite in this test"
+
+
+@pytest.mark.ranks
 @LAYOUTS
 @pytest.mark.parametrize(
     "model",
