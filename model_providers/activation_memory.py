@@ -36,11 +36,16 @@ class ActivationMemory(NamedTuple):
         """Its dropout's mask, and the token's id."""
         return self._mask(self.model.hidden_dropout) * self.model.hidden_size / self._shards() + 8
 
-    def block(self) -> float:
+    def block(self, *, has_experts: bool = False) -> float:
         if self.recompute == "full":
             return self.bytes_per_value * self.model.hidden_size / self._shards()  # 2 sbh: the input alone
         core = 0.0 if self.recompute == "selective" else self._core_attention()
         return self._norms_and_residual() / self._shards() + (self._between_linears() + core) / self.tp
+
+    def looking_ahead(self) -> float:
+        """Two norms, their outputs side by side, and the norm at the end."""
+        h = self.model.hidden_size
+        return (5 * self.bytes_per_value * h + 3 * self._statistics()) / self._shards()
 
     def final_norm(self) -> float:
         return (self.bytes_per_value * self.model.hidden_size + self._statistics()) / self._shards()

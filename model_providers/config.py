@@ -6,21 +6,16 @@ and the way out, all faults at once.
 """
 
 import math
-from collections.abc import Callable
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from model_providers import model_rules
 from model_providers.errors import ModelError
+from model_providers.moe_config import Facts, MLAConfig, MoEConfig, MTPConfig
 
 GATED_ACTIVATIONS = ("swiglu", "geglu")
 GATED_FFN_MULTIPLE = 256  # Llama's own code rounds up to this (github.com/meta-llama/llama, model.py)
-
-
-class Facts(BaseModel):
-    """Frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class LinearScaling(Facts):
@@ -65,6 +60,11 @@ class YarnScaling(Facts):
     def _concentration(self, weight: float) -> float:
         return 0.1 * weight * math.log(self.factor) + 1.0 if self.factor > 1.0 else 1.0
 
+    @property
+    def score_scale(self) -> float:
+        """What latent attention multiplies its scores by besides (DeepSeek-V2's modeling file, softmax_scale)."""
+        return self._concentration(self.mscale_all_dim) ** 2 if self.mscale_all_dim else 1.0
+
 
 RopeScaling = Annotated[LinearScaling | Llama3Scaling | YarnScaling, Field(discriminator="kind")]
 
@@ -95,6 +95,10 @@ class ModelConfig(Facts):
     sliding_window: int | None = Field(default=None, gt=0)  # a token sees itself and the window - 1 before it
     tie_embeddings: bool = True
 
+    moe: MoEConfig | None = None  # None: every layer is dense
+    mla: MLAConfig | None = None  # None: plain, grouped or multi-query attention
+    mtp: MTPConfig | None = None  # None: the next token alone
+
     hidden_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     attention_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     init_std: float = Field(default=0.02, gt=0.0)
@@ -103,7 +107,7 @@ class ModelConfig(Facts):
 
     @model_validator(mode="after")
     def _facts_agree(self) -> "ModelConfig":
-        problems = [sentence for rule in RULES if (sentence := rule(self)) is not None]
+        problems = [sentence for rule in model_rules.RULES if (sentence := rule(self)) is not None]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -123,16 +127,54 @@ class ModelConfig(Facts):
 
     @property
     def rotary_width(self) -> int:
-        """How many of ``head_width`` turn; the rest passes as it is."""
+        """How many of a query head's numbers turn; the rest passes as it is."""
+        if self.mla is not None:
+            return self.mla.qk_rope_head_dim
         return int(self.head_width * self.rotary_fraction)
 
     @property
     def query_width(self) -> int:
-        return self.num_attention_heads * self.head_width
+        return self.num_attention_heads * (self.head_width if self.mla is None else self.mla.qk_head_dim)
+
+    @property
+    def value_width(self) -> int:
+        """Of all query heads together: what the output projection takes."""
+        return self.num_attention_heads * (self.head_width if self.mla is None else self.mla.v_head_dim)
 
     @property
     def kv_width(self) -> int:
         return self.kv_heads * self.head_width
+
+    @property
+    def score_scale(self) -> float:
+        """Scores are query times key times this."""
+        if self.mla is None:
+            return 1.0 / math.sqrt(self.head_width)
+        stretched = self.rope_scaling.score_scale if isinstance(self.rope_scaling, YarnScaling) else 1.0
+        return stretched / math.sqrt(self.mla.qk_head_dim)
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether layer ``layer`` (0 is the first) has experts in place of its MLP."""
+        if self.moe is None or layer < self.moe.first_dense:
+            return False
+        return (layer - self.moe.first_dense + 1) % self.moe.every == 0
+
+    @property
+    def draws_in_training(self) -> bool:
+        """Whether layers need random numbers: dropout, or a router's jitter."""
+        jitter = self.moe.jitter if self.moe is not None else 0.0
+        return bool(self.hidden_dropout or self.attention_dropout or jitter)
+
+    @property
+    def num_expert_layers(self) -> int:
+        """In the stack and, if it has experts at all, in multi-token prediction."""
+        ahead = self.mtp.depth if self.mtp is not None and self.moe is not None else 0
+        return ahead + sum(self.has_experts(layer) for layer in range(self.num_layers))
+
+    @property
+    def num_plan_layers(self) -> int:
+        """What can be cut into pipeline stages: embedding, layers, final norm, layers that look ahead, head."""
+        return self.num_layers + 3 + (self.mtp.depth if self.mtp is not None else 0)
 
     @property
     def is_gated(self) -> bool:
@@ -166,71 +208,3 @@ class ModelConfig(Facts):
         """Rows of the embedding: ``vocab_size`` rounded up; the loss never sees the added columns."""
         multiple = self.pad_vocab_to_multiple_of
         return math.ceil(self.known_vocab_size / multiple) * multiple
-
-
-def heads_divide_hidden_size(model: ModelConfig) -> str | None:
-    if model.head_dim is None and model.hidden_size % model.num_attention_heads:
-        return (
-            f"num_attention_heads={model.num_attention_heads}: does not divide "
-            f"hidden_size={model.hidden_size}; choose a divisor, or set head_dim"
-        )
-    return None
-
-
-def kv_heads_divide_heads(model: ModelConfig) -> str | None:
-    if model.num_attention_heads % model.kv_heads:
-        legal = [n for n in range(1, model.num_attention_heads + 1) if model.num_attention_heads % n == 0]
-        return (
-            f"num_kv_heads={model.num_kv_heads}: must divide "
-            f"num_attention_heads={model.num_attention_heads}; choose one of {legal}"
-        )
-    return None
-
-
-def rotary_width_is_even(model: ModelConfig) -> str | None:
-    if model.position_embedding == "rotary" and (model.rotary_width % 2 or model.rotary_width == 0):
-        return (
-            f"rotary_fraction={model.rotary_fraction}: turns {model.rotary_width} of "
-            f"head_dim={model.head_width}, and rotation needs pairs; choose a fraction that gives an even "
-            f"number above 0"
-        )
-    return None
-
-
-def rope_scaling_needs_rotary(model: ModelConfig) -> str | None:
-    if model.rope_scaling is not None and model.position_embedding != "rotary":
-        return (
-            f"rope_scaling={model.rope_scaling.kind}: has no effect with "
-            f"position_embedding={model.position_embedding}; remove it, or set position_embedding=rotary"
-        )
-    return None
-
-
-def llama3_bands_are_ordered(model: ModelConfig) -> str | None:
-    scaling = model.rope_scaling
-    if isinstance(scaling, Llama3Scaling) and scaling.high_freq_factor <= scaling.low_freq_factor:
-        return (
-            f"rope_scaling.high_freq_factor={scaling.high_freq_factor}: must be above "
-            f"low_freq_factor={scaling.low_freq_factor}; Llama 3.1 uses 4 and 1"
-        )
-    return None
-
-
-def yarn_betas_are_ordered(model: ModelConfig) -> str | None:
-    scaling = model.rope_scaling
-    if isinstance(scaling, YarnScaling) and scaling.beta_fast <= scaling.beta_slow:
-        return (
-            f"rope_scaling.beta_fast={scaling.beta_fast}: must be above beta_slow={scaling.beta_slow}; "
-            f"the paper uses 32 and 1"
-        )
-    return None
-
-
-RULES: tuple[Callable[[ModelConfig], str | None], ...] = (
-    heads_divide_hidden_size,
-    kv_heads_divide_heads,
-    rotary_width_is_even,
-    rope_scaling_needs_rotary,
-    llama3_bands_are_ordered,
-    yarn_betas_are_ordered,
-)

@@ -20,9 +20,10 @@ AttentionCount = Literal["causal", "full"]
 
 
 class LayerCost(NamedTuple):
-    parameters: int  # of the whole layer, all tensor ranks together
-    forward_flops_per_token: float
+    parameters: int  # of the whole layer, all ranks together
+    forward_flops_per_token: float  # of a token's own experts only
     activation_bytes_per_token: float  # kept for the backward pass on one rank of the tensor group
+    expert_parameters: int = 0  # of ``parameters``: routed experts, which ep shares out
 
     @property
     def train_flops_per_token(self) -> float:
@@ -55,23 +56,45 @@ def layer_costs(
     """Embedding, blocks, final norm, head, in the order of the plan; ``fused``: see activation_memory.py."""
     sharded = sequence_parallel and tp > 1
     memory = ActivationMemory(model, sequence_length, recompute, tp, sharded, bytes_per_value, fused)
-    block = LayerCost(
-        block_parameters(model), block_forward_flops(model, sequence_length, attention), memory.block()
-    )
+
+    def block(has_experts: bool) -> LayerCost:
+        return LayerCost(
+            block_parameters(model, has_experts=has_experts),
+            block_forward_flops(model, sequence_length, attention, has_experts=has_experts),
+            memory.block(has_experts=has_experts),
+            routed_parameters(model) if has_experts else 0,
+        )
+
     embedding = LayerCost(embedding_parameters(model), 0.0, memory.embedding())
+    blocks = [block(model.has_experts(layer)) for layer in range(model.num_layers)]
     final_norm = LayerCost(norm_parameters(model, model.hidden_size), 0.0, memory.final_norm())
     head_flops = 2.0 * model.hidden_size * model.known_vocab_size
-    head = LayerCost(0 if model.tie_embeddings else word_parameters(model), head_flops, memory.head())
-    return [embedding, *[block] * model.num_layers, final_norm, head]
+    ahead = model.mtp.depth if model.mtp is not None else 0
+    head = LayerCost(
+        0 if model.tie_embeddings else word_parameters(model),
+        head_flops * (1 + ahead),
+        memory.head() * (1 + ahead),
+    )
+    looking_ahead = [_looking_ahead(model, block(model.moe is not None), memory)] * ahead
+    return [embedding, *blocks, final_norm, *looking_ahead, head]
 
 
 def parameters(model: ModelConfig, *, padded: bool = True) -> int:
-    """All parameters, a tied head once; ``padded=False`` leaves out the vocabulary's padding, as papers do."""
+    """All parameters, shared words once; ``padded=False`` leaves out the vocabulary's padding, as papers do."""
     words = 1 if model.tie_embeddings else 2
     unpadded = 0 if padded else words * (model.padded_vocab_size - model.known_vocab_size) * model.hidden_size
-    head = (words - 1) * word_parameters(model)
-    ends = embedding_parameters(model) + norm_parameters(model, model.hidden_size) + head
-    return ends + model.num_layers * block_parameters(model) - unpadded
+    return sum(cost.parameters for cost in layer_costs(model, 1)) - unpadded
+
+
+def active_parameters(model: ModelConfig, *, padded: bool = True) -> int:
+    """Those that a token meets on its way to the next token: its own experts, no layer that looks ahead."""
+    if model.moe is None:
+        idle = 0.0
+    else:
+        layers = sum(model.has_experts(layer) for layer in range(model.num_layers))
+        idle = layers * routed_parameters(model) * (1 - model.moe.top_k / model.moe.num_experts)
+    plain = model.model_copy(update={"mtp": None})
+    return round(parameters(plain, padded=padded) - idle)
 
 
 def train_flops_per_token(
@@ -106,24 +129,94 @@ def norm_parameters(model: ModelConfig, width: int) -> int:
     return width if model.normalization == "rmsnorm" else 2 * width
 
 
-def block_parameters(model: ModelConfig) -> int:
-    h, f, q, kv = model.hidden_size, model.ffn_width, model.query_width, model.kv_width
-    fc1 = 2 * f if model.is_gated else f
-    weights = h * (q + 2 * kv) + q * h + h * fc1 + f * h
-    biases = (q + 2 * kv if model.has_qkv_bias else 0) + (h + fc1 + h if model.linear_bias else 0)
+def block_parameters(model: ModelConfig, *, has_experts: bool = False) -> int:
+    mlp = experts_parameters(model) if has_experts else mlp_parameters(model, model.ffn_width)
+    return attention_parameters(model) + mlp + 2 * norm_parameters(model, model.hidden_size)
+
+
+def attention_parameters(model: ModelConfig) -> int:
+    h, q, kv = model.hidden_size, model.query_width, model.kv_width
+    mla = model.mla
+    if mla is not None:
+        n, latent = model.num_attention_heads, mla.kv_lora_rank
+        query = h * q
+        if mla.q_lora_rank is not None:
+            query = mla.q_lora_rank * (h + q) + norm_parameters(model, mla.q_lora_rank)
+        keys = (
+            h * (latent + mla.qk_rope_head_dim)
+            + norm_parameters(model, latent)
+            + latent * n * (mla.qk_nope_head_dim + mla.v_head_dim)
+        )
+        return query + keys + model.value_width * h + (h if model.linear_bias else 0)
+    biases = (q + 2 * kv if model.has_qkv_bias else 0) + (h if model.linear_bias else 0)
     head_norms = 2 * norm_parameters(model, model.head_width) if model.qk_norm else 0
-    return weights + biases + 2 * norm_parameters(model, h) + head_norms
+    return h * (q + 2 * kv) + q * h + biases + head_norms
+
+
+def mlp_parameters(model: ModelConfig, width: int) -> int:
+    """Two or three matrices, and biases where the model has them."""
+    h = model.hidden_size
+    fc1 = 2 * width if model.is_gated else width
+    return h * fc1 + width * h + (fc1 + h if model.linear_bias else 0)
+
+
+def routed_parameters(model: ModelConfig) -> int:
+    """The experts among which a token's are chosen."""
+    assert model.moe is not None
+    return model.moe.num_experts * mlp_parameters(model, model.moe.ffn_hidden_size)
+
+
+def experts_parameters(model: ModelConfig) -> int:
+    """Routed and shared experts, router and gate; the balancing bias is no parameter."""
+    moe, h = model.moe, model.hidden_size
+    assert moe is not None
+    shared = mlp_parameters(model, moe.shared_ffn_hidden_size) if moe.shared_ffn_hidden_size else 0
+    return routed_parameters(model) + shared + h * moe.num_experts + (h if moe.shared_gate else 0)
+
+
+def _looking_ahead(model: ModelConfig, block: LayerCost, memory: ActivationMemory) -> LayerCost:
+    """A layer of multi-token prediction: a block behind two norms and a projection, a norm at its end."""
+    h = model.hidden_size
+    norms = 3 * norm_parameters(model, h)
+    return LayerCost(
+        block.parameters + 2 * h * h + norms,
+        block.forward_flops_per_token + 4.0 * h * h,
+        block.activation_bytes_per_token + memory.looking_ahead(),
+        block.expert_parameters,
+    )
 
 
 def block_forward_flops(
-    model: ModelConfig, sequence_length: int, attention: AttentionCount = "causal"
+    model: ModelConfig,
+    sequence_length: int,
+    attention: AttentionCount = "causal",
+    *,
+    has_experts: bool = False,
 ) -> float:
-    """For one token: 2 a weight, and 2 x 2 x keys x query width for scores and values."""
+    """For one token: 2 a weight that it meets, and 2 x keys x width for scores and for values."""
     if attention not in ("causal", "full"):
         raise ModelError(f"attention={attention}: unknown; choose causal or full")
-    h, f, q, kv = model.hidden_size, model.ffn_width, model.query_width, model.kv_width
-    linears = 2.0 * (h * (q + 2 * kv) + q * h + (3 if model.is_gated else 2) * h * f)
-    return linears + 4.0 * q * _mean_keys(sequence_length, model.sliding_window, attention)
+    moe, h = model.moe, model.hidden_size
+    matrices = 3 if model.is_gated else 2
+    width = float(model.ffn_width)
+    router = 0.0
+    if has_experts:
+        assert moe is not None
+        width = moe.top_k * moe.ffn_hidden_size + (moe.shared_ffn_hidden_size or 0)
+        router = 2.0 * h * moe.num_experts
+    linears = _attention_linears(model) + 2.0 * matrices * h * width + router
+    scores_and_values = 2.0 * (model.query_width + model.value_width)
+    return linears + scores_and_values * _mean_keys(sequence_length, model.sliding_window, attention)
+
+
+def _attention_linears(model: ModelConfig) -> float:
+    h, q, kv, mla = model.hidden_size, model.query_width, model.kv_width, model.mla
+    if mla is None:
+        return 2.0 * (h * (q + 2 * kv) + q * h)
+    query = h * q if mla.q_lora_rank is None else mla.q_lora_rank * (h + q)
+    heads = model.num_attention_heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+    keys = h * (mla.kv_lora_rank + mla.qk_rope_head_dim) + mla.kv_lora_rank * heads
+    return 2.0 * (query + keys + model.value_width * h)
 
 
 def _mean_keys(s: int, window: int | None, attention: AttentionCount) -> float:

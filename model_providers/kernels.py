@@ -8,6 +8,7 @@ the kernels.
 import importlib
 import importlib.util
 import logging
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from model_providers.errors import ModelError
+from model_providers.latent import LatentAttention, LatentSubmodules
 from model_providers.linears import (
     ColumnLinear,
     RowLinear,
@@ -31,6 +33,7 @@ from model_providers.linears import (
     WideRowLinear,
     cpu_multiplies_bf16,
 )
+from model_providers.moe_layer import ExpertPlace, expert_layer
 from model_providers.portable import (
     CoreAttention,
     GatedActivation,
@@ -57,30 +60,46 @@ class Kernels(NamedTuple):
     core_attention: Any
     fuse: bool  # let megatron-core use its fused activation and bias-dropout-add
 
-    def block_submodules(self, config: TransformerConfig) -> TransformerLayerSubmodules:
-        """The layer spec of a dense GPT block."""
+    def block_submodules(
+        self, config: TransformerConfig, experts: ExpertPlace | None = None
+    ) -> TransformerLayerSubmodules:
+        """The layer spec of a block, dense unless ``experts`` are placed somewhere."""
+        mlp = MLPSubmodules(
+            linear_fc1=self.column_linear, activation_func=GatedActivation, linear_fc2=self.row_linear
+        )
+        dense = ModuleSpec(module=MLP, params={"ffn_hidden_size": config.ffn_hidden_size}, submodules=mlp)
+        return TransformerLayerSubmodules(
+            input_layernorm=self.norm,
+            self_attention=self._attention(config),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=self.norm,
+            mlp=dense if experts is None else expert_layer(experts, mlp),
+            mlp_bda=get_bias_dropout_add,
+        )
+
+    def _attention(self, config: TransformerConfig) -> ModuleSpec:
+        if config.multi_latent_attention:
+            widths = {
+                "k_channels": config.qk_head_dim + config.qk_pos_emb_head_dim,
+                "v_channels": config.v_head_dim,
+            }
+            parts: Any = LatentSubmodules(
+                core_attention=partial(self.core_attention, **widths),
+                linear_proj=self.row_linear,
+                column_linear=self.column_linear,
+                norm=self.norm,
+            )
+            return ModuleSpec(module=LatentAttention, submodules=parts)
         qk_norm = self.norm if config.qk_layernorm else IdentityOp
-        attention = SelfAttentionSubmodules(
+        parts = SelfAttentionSubmodules(
             linear_qkv=self.column_linear,
             core_attention=self.core_attention,
             linear_proj=self.row_linear,
             q_layernorm=qk_norm,
             k_layernorm=qk_norm,
         )
-        mlp = MLPSubmodules(
-            linear_fc1=self.column_linear, activation_func=GatedActivation, linear_fc2=self.row_linear
-        )
-        return TransformerLayerSubmodules(
-            input_layernorm=self.norm,
-            self_attention=ModuleSpec(
-                module=self.self_attention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=attention,
-            ),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=self.norm,
-            mlp=ModuleSpec(module=MLP, params={"ffn_hidden_size": config.ffn_hidden_size}, submodules=mlp),
-            mlp_bda=get_bias_dropout_add,
+        return ModuleSpec(
+            module=self.self_attention, params={"attn_mask_type": AttnMaskType.causal}, submodules=parts
         )
 
 

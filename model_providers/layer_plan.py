@@ -10,6 +10,7 @@ does.  A layer called with the wire form answers in the wire form, so an engine 
 call the layers directly.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Self
 
@@ -32,8 +33,9 @@ class GPTInputs(NamedTuple):
         return _to_wire(self)
 
     @classmethod
-    def from_wire(cls, wire: torch.Tensor | Sequence[torch.Tensor]) -> Self:
-        return cls(wire) if isinstance(wire, torch.Tensor) else cls(*wire)
+    def from_wire(cls, wire: "Wire") -> Self:
+        parts = _by_dtype(wire)
+        return cls(parts[torch.int64][0], *parts[torch.int32])
 
 
 class GPTValue(NamedTuple):
@@ -42,13 +44,28 @@ class GPTValue(NamedTuple):
     hidden: torch.Tensor  # [s b h], under sequence parallelism [s/tp b h]
     segments: torch.Tensor | None = None  # int32 [b s], as in GPTInputs
     cache: Any = None
+    tokens: torch.Tensor | None = None  # int64 [b s], where layers look ahead (multi-token prediction)
+    ahead: torch.Tensor | None = None  # [depths*s b h]: what those layers made, one depth after the other
 
     def to_wire(self) -> torch.Tensor | tuple[torch.Tensor, ...]:
         return _to_wire(self)
 
     @classmethod
-    def from_wire(cls, wire: torch.Tensor | Sequence[torch.Tensor]) -> Self:
-        return cls(wire) if isinstance(wire, torch.Tensor) else cls(*wire)
+    def from_wire(cls, wire: "Wire") -> Self:
+        """Parts are told apart by their number formats, so an absent one leaves no gap."""
+        parts = _by_dtype(wire)
+        hidden, *ahead = (
+            tensor for dtype, tensors in parts.items() if dtype.is_floating_point for tensor in tensors
+        )
+        return cls(
+            hidden,
+            segments=next(iter(parts[torch.int32]), None),
+            tokens=next(iter(parts[torch.int64]), None),
+            ahead=next(iter(ahead), None),
+        )
+
+
+Wire = torch.Tensor | Sequence[torch.Tensor]
 
 
 class Targets(NamedTuple):
@@ -81,7 +98,7 @@ class PlannedLayer(NamedTuple):
     global random state.
     """
 
-    name: str  # the prefix of its parameters' names: "embedding", "layers.0", ..., "final_norm", "head"
+    name: str  # the prefix of its parameters' names: "embedding", "layers.0", ..., "final_norm", "mtp.0", "head"
     build: Callable[[], nn.Module]
     cost: LayerCost
     checkpointable: bool  # may be forgotten under full recompute
@@ -101,7 +118,7 @@ class Tie(NamedTuple):
 class LayerPlan(NamedTuple):
     layers: tuple[PlannedLayer, ...]
     ties: tuple[Tie, ...]
-    loss: Callable[[torch.Tensor, Any], torch.Tensor]  # (last output, Targets) -> scalar, float32
+    loss: Callable[[Any, Any], torch.Tensor]  # (last output, Targets) -> scalar, float32
     inputs_type: type[GPTInputs]
     value_type: type[GPTValue]
     recompute: Recompute
@@ -110,7 +127,15 @@ class LayerPlan(NamedTuple):
 
 def _to_wire(value: GPTInputs | GPTValue) -> torch.Tensor | tuple[torch.Tensor, ...]:
     assert value.cache is None, "a cache of keys and values does not travel between stages"
-    return value[0] if value.segments is None else (value[0], value.segments)
+    parts = tuple(part for part in value if part is not None)
+    return parts[0] if len(parts) == 1 else parts
+
+
+def _by_dtype(wire: Wire) -> dict[torch.dtype, list[torch.Tensor]]:
+    parts: dict[torch.dtype, list[torch.Tensor]] = defaultdict(list)
+    for tensor in (wire,) if isinstance(wire, torch.Tensor) else wire:
+        parts[tensor.dtype].append(tensor)
+    return parts
 
 
 class PlanModule(nn.Module):

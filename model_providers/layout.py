@@ -3,8 +3,13 @@ coordinates.
 
 Ranks are numbered with tensor fastest and pipeline slowest, which is megatron-core's ``tp-cp-ep-dp-pp`` and
 DeepSpeed's (pipe, data, model) alike, so one numbering serves both libraries.
+
+The ranks of one pipeline stage, tp x dp of them, share out experts in an order of their own: expert tensor fastest,
+then expert, then copies of the same experts (MoE Parallel Folding, Liu et al. 2025, arXiv:2504.14960; megatron-core's
+expert rank generator).
 """
 
+import math
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,6 +26,31 @@ class Coordinates(NamedTuple):
     pp: int
 
 
+class ExpertCoordinates(NamedTuple):
+    etp: int
+    ep: int
+    edp: int
+
+
+class TensorPlace(NamedTuple):
+    """Which share of each parameter a rank holds: of dense ones by tp, of experts by ep and etp."""
+
+    tp: int = 1
+    tp_rank: int = 0
+    etp: int = 1
+    etp_rank: int = 0
+    ep: int = 1
+    ep_rank: int = 0
+
+    @property
+    def expert_shares(self) -> int:
+        return self.ep * self.etp
+
+    @property
+    def expert_share(self) -> int:
+        return self.ep_rank * self.etp + self.etp_rank
+
+
 class Layout(BaseModel):
     """Sizes of the tensor, pipeline and data axes."""
 
@@ -34,10 +64,24 @@ class Layout(BaseModel):
     )
     chunks: int = Field(default=1, gt=0)  # runs of layers on each pipeline rank
     placement: Literal["loop", "v"] = "loop"  # where they live; v: down the ranks and back up
+    ep: int = Field(default=1, gt=0)  # ranks that share out the experts
+    etp: int | None = Field(default=None, gt=0)  # ranks that share one expert's matrices; None: as tp
+    dispatcher: Literal["alltoall", "allgather", "hierarchical"] = (
+        "alltoall"  # how tokens come to their experts
+    )
 
     @property
     def world_size(self) -> int:
         return self.tp * self.dp * self.pp
+
+    @property
+    def expert_tp(self) -> int:
+        return self.tp if self.etp is None else self.etp
+
+    @property
+    def expert_dp(self) -> int:
+        """Copies of each expert."""
+        return self.tp * self.dp // (self.expert_tp * self.ep)
 
     @property
     def virtual_stages(self) -> int:
@@ -57,6 +101,37 @@ class Layout(BaseModel):
         if not 0 <= rank < self.world_size:
             raise ModelError(f"rank={rank}: outside the layout's {self.world_size} ranks (tp x dp x pp)")
         return Coordinates(tp=rank % self.tp, dp=rank // self.tp % self.dp, pp=rank // (self.tp * self.dp))
+
+    def expert_coordinates(self, rank: int) -> ExpertCoordinates:
+        """The same rank as its stage's experts see it."""
+        within = rank % (self.tp * self.dp)
+        return ExpertCoordinates(
+            etp=within % self.expert_tp,
+            ep=within // self.expert_tp % self.ep,
+            edp=within // (self.expert_tp * self.ep),
+        )
+
+    def tensor_place(self, rank: int) -> TensorPlace:
+        expert = self.expert_coordinates(rank)
+        return TensorPlace(
+            tp=self.tp,
+            tp_rank=self.coordinates(rank).tp,
+            etp=self.expert_tp,
+            etp_rank=expert.etp,
+            ep=self.ep,
+            ep_rank=expert.ep,
+        )
+
+    def expert_groups(self, axis: str) -> list[list[int]]:
+        """All groups of ranks that differ in ``axis`` of their expert coordinates only; "copy" is etp x ep together."""
+        assert axis in ("etp", "ep", "edp", "copy"), axis
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.world_size):
+            place = self.expert_coordinates(rank)._asdict()
+            for key in ("etp", "ep") if axis == "copy" else (axis,):
+                place.pop(key)
+            groups.setdefault((rank // (self.tp * self.dp), *place.values()), []).append(rank)
+        return list(groups.values())
 
     def rank(self, *, tp: int = 0, dp: int = 0, pp: int = 0) -> int:
         sizes = {"tp": self.tp, "dp": self.dp, "pp": self.pp}
@@ -82,7 +157,7 @@ class Layout(BaseModel):
 def layout_problems(model: ModelConfig, layout: Layout, sequence_length: int) -> list[str]:
     """Why ``model`` cannot be cut by ``layout``, one sentence each; empty when it can."""
     problems = []
-    tp, kv = layout.tp, model.kv_heads
+    tp, kv = layout.tp, model.kv_heads if model.mla is None else model.num_attention_heads
     if model.num_attention_heads % tp:
         problems.append(
             f"layout.tp={tp}: does not divide model.num_attention_heads={model.num_attention_heads}; choose one of "
@@ -112,7 +187,8 @@ def layout_problems(model: ModelConfig, layout: Layout, sequence_length: int) ->
             f"data.sequence_length={sequence_length}: the learned positions end at model.max_sequence_length="
             f"{model.max_sequence_length}; raise that, or use rotary positions"
         )
-    stages = model.num_layers + 3  # embedding, blocks, final norm, head
+    problems += expert_problems(model, layout)
+    stages = model.num_plan_layers
     if layout.virtual_stages > stages:
         chunked = f" x layout.chunks={layout.chunks}" if layout.chunks > 1 else ""
         most = (
@@ -122,6 +198,54 @@ def layout_problems(model: ModelConfig, layout: Layout, sequence_length: int) ->
         )
         problems.append(
             f"layout.pp={layout.pp}{chunked}: the model has {stages} layers to share out; use {most} or fewer"
+        )
+    return problems
+
+
+def expert_problems(model: ModelConfig, layout: Layout) -> list[str]:
+    """Why the experts of ``model`` cannot be shared out; empty when they can, or when there are none."""
+    moe, tp, ep, etp = model.moe, layout.tp, layout.ep, layout.expert_tp
+    if moe is None:
+        stated = [f"layout.ep={ep}"] * (ep > 1) + [f"layout.etp={layout.etp}"] * (layout.etp not in (None, 1))
+        return (
+            [f"{', '.join(stated)}: model.moe is not set, so there are no experts; leave it out"]
+            if stated
+            else []
+        )
+    if tp > 1 and not layout.sequence_parallel:
+        return [
+            f"layout.tp={tp} with experts: tokens are dispatched by sequence shards; use layout.sequence_parallel=true"
+        ]
+    if ep == 1 and etp != tp:
+        return [
+            f"layout.etp={etp} with layout.ep=1: nobody would sum the gradients of experts over tp={tp}; leave etp "
+            "out, or use layout.ep > 1"
+        ]
+    problems = []
+    if moe.num_experts % ep:
+        problems.append(
+            f"layout.ep={ep}: does not divide model.moe.num_experts={moe.num_experts}; choose one of "
+            f"{_divisors(moe.num_experts)}"
+        )
+    if moe.ffn_hidden_size % etp:
+        problems.append(
+            f"layout.etp={etp}: does not divide model.moe.ffn_hidden_size={moe.ffn_hidden_size}; choose one of "
+            f"{_divisors(moe.ffn_hidden_size)}"
+        )
+    if (tp * layout.dp) % (etp * ep):
+        fitting = [n for n in _divisors(moe.num_experts) if (tp * layout.dp) % (etp * n) == 0]
+        way_out = f"choose layout.ep among {fitting}" if len(fitting) > 1 else "use layout.etp=1"
+        problems.append(
+            f"layout.etp={etp} x layout.ep={ep}: must divide tp x dp = {tp} x {layout.dp} ranks of a stage; {way_out}"
+        )
+    elif (etp * ep) % tp:
+        problems.append(
+            f"layout.etp={etp} x layout.ep={ep}: must be a multiple of layout.tp={tp}, or copies of an expert would "
+            f"lie within a tensor group; use layout.etp={tp}, or layout.ep={tp // math.gcd(tp, etp)} or a multiple"
+        )
+    if moe.shared_ffn_hidden_size is not None and moe.shared_ffn_hidden_size % tp:
+        problems.append(
+            f"layout.tp={tp}: does not divide model.moe.shared_ffn_hidden_size={moe.shared_ffn_hidden_size}"
         )
     return problems
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 CPU_CHUNK = 2**18  # numbers: 1 MB of fp32, which stays in a core's cache from one pass to the next
 
@@ -85,15 +86,56 @@ def _over_all_ranks(
 
 
 class WeightedLoss:
-    """(logits [s b v/tp], Targets) -> scalar: the sum of the tokens' losses, each times its weight."""
+    """(logits [s b v/tp], Targets) -> scalar: the sum of the tokens' losses, each times its weight.
 
-    def __init__(self, share: VocabularyShare):
-        self.share = share
+    Where layers look ahead, logits are a tuple, and what comes out is the loss of the next token alone; the other
+    depths' losses add their gradients (DeepSeek-V3, arXiv:2412.19437, equations 24 and 25) and are kept to be told.
+    """
 
-    def __call__(self, output: torch.Tensor, targets: Any) -> torch.Tensor:
+    def __init__(self, share: VocabularyShare, *, ahead_weight: float = 0.0):
+        self.share, self.ahead_weight = share, ahead_weight
+        self._ahead: torch.Tensor | None = None  # the mean over depths, summed over the calls since `take_ahead`
+
+    def __call__(self, output: Any, targets: Any) -> torch.Tensor:
         labels, weights = targets  # [b s] each
-        return (self.token_losses(output, labels) * weights.t().float()).sum()
+        if isinstance(output, torch.Tensor):
+            return self._weighted(output, labels, weights)
+        main, *depths = output
+        loss = self._weighted(main, labels, weights)
+        further = [self._further(logits, labels, weights, k) for k, logits in enumerate(depths, 1)]
+        ahead = torch.stack(further).mean()
+        self._ahead = ahead.detach() if self._ahead is None else self._ahead + ahead.detach()
+        return AddGradient.apply(loss, self.ahead_weight * ahead)
+
+    def take_ahead(self) -> torch.Tensor | None:
+        """The other depths' losses since the last time, summed like the micro-batches' own; None if nobody looks."""
+        kept, self._ahead = self._ahead, None
+        return kept
+
+    def _further(
+        self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, k: int
+    ) -> torch.Tensor:
+        """Depth k's: the label is k further on, with its weight, unless a token that does not count lies between."""
+        counted = weights[:, k:]
+        for step in range(k):
+            counted = counted * (weights[:, step : weights.size(1) - k + step] > 0)
+        return self._weighted(logits, F.pad(labels[:, k:], (0, k)), F.pad(counted, (0, k)))
+
+    def _weighted(self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return (self.token_losses(logits, labels) * weights.t().float()).sum()
 
     def token_losses(self, output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """[s b], fp32"""
         return TokenLosses.apply(output, labels.t(), self.share)
+
+
+class AddGradient(torch.autograd.Function):
+    """The first loss, with the gradients of both."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        return grad, grad

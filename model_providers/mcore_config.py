@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from model_providers.config import ModelConfig
 from model_providers.layer_plan import Recompute
@@ -37,12 +38,17 @@ def mcore_config(
     """
     # (tokens before, tokens after)
     window = (model.sliding_window - 1, 0) if model.sliding_window else None
-    return TransformerConfig(
+    kind = TransformerConfig if model.mla is None else MLATransformerConfig
+    return kind(
+        **_latent_attention(model),
+        **_experts(model, layout),
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.kv_heads,
-        kv_channels=model.head_width,
+        # Of latent attention: what the output projection takes of each head.
+        kv_channels=model.head_width if model.mla is None else model.mla.v_head_dim,
+        softmax_scale=None if model.mla is None else model.score_scale,
         ffn_hidden_size=model.ffn_width,
         normalization="RMSNorm" if model.normalization == "rmsnorm" else "LayerNorm",
         layernorm_epsilon=model.norm_eps,
@@ -77,6 +83,61 @@ def mcore_config(
         cuda_graph_scope=[],
         transformer_impl="transformer_engine" if fuse else "local",
     )
+
+
+def _experts(model: ModelConfig, layout: Layout) -> dict[str, Any]:
+    """Routing, balance and capacity; which layers have experts is the plan's affair."""
+    moe = model.moe
+    if moe is None:
+        return {}
+    balance = {
+        "aux_loss": moe.aux_loss,
+        "seq_aux_loss": moe.sequence_aux_loss,
+        "global_aux_loss": moe.global_aux_loss,
+    }
+    wanted = {name: coefficient for name, coefficient in balance.items() if coefficient > 0}
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_router_topk": moe.top_k,
+        "moe_ffn_hidden_size": moe.ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": moe.shared_ffn_hidden_size,
+        "moe_shared_expert_gate": moe.shared_gate,
+        "moe_router_score_function": moe.score,
+        # Softmax over all experts and then the choice, or the choice and then softmax over the chosen.
+        "moe_router_pre_softmax": moe.score == "softmax" and not moe.normalize_top_k,
+        "moe_router_topk_scaling_factor": None if moe.scaling_factor == 1.0 else moe.scaling_factor,
+        "moe_router_num_groups": moe.num_groups,
+        "moe_router_group_topk": moe.group_top_k,
+        "moe_router_dtype": None if moe.router_dtype == "model" else moe.router_dtype,
+        "moe_input_jitter_eps": moe.jitter or None,
+        "moe_router_load_balancing_type": list(wanted) or "none",
+        "moe_aux_loss_coeff": list(wanted.values()) or 0.0,
+        "moe_z_loss_coeff": moe.z_loss or None,
+        "moe_router_enable_expert_bias": moe.balances_by_bias,
+        "moe_router_bias_update_rate": moe.bias_update_rate,
+        "moe_expert_capacity_factor": moe.capacity_factor,
+        "moe_token_drop_policy": moe.drop,
+        "moe_pad_expert_input_to_capacity": moe.pad_to_capacity,
+        "moe_token_dispatcher_type": "allgather" if layout.dispatcher == "allgather" else "alltoall",
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.expert_tp,
+    }
+
+
+def _latent_attention(model: ModelConfig) -> dict[str, Any]:
+    """Widths; positions are turned by our own table."""
+    mla = model.mla
+    if mla is None:
+        return {}
+    return {
+        "multi_latent_attention": True,
+        "q_lora_rank": mla.q_lora_rank,
+        "kv_lora_rank": mla.kv_lora_rank,
+        "qk_head_dim": mla.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": mla.qk_rope_head_dim,
+        "v_head_dim": mla.v_head_dim,
+        "rope_type": "rope",
+    }
 
 
 def _leave(weight: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ into megatron-core, through its own global: the tracker of random_streams.py.)
 
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import megatron.core
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel import random as mcore_random
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from model_providers.errors import ModelError
 from model_providers.random_streams import open_tracker
@@ -75,29 +76,60 @@ def gather_along_last_dim(input_: torch.Tensor, group: Any) -> torch.Tensor:
 
 
 def gather_along_first_dim(
-    input_: torch.Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False
+    input_: torch.Tensor,
+    group: Any,
+    output_split_sizes: Sequence[int] | None = None,
+    use_global_buffer: bool = False,
 ) -> torch.Tensor:
-    """[s/tp ...] -> [s ...]"""
-    assert output_split_sizes is None, "uneven gathers come with the experts"
+    """[s/tp ...] -> [s ...]; or with rank i's share ``output_split_sizes[i]`` long, which gloo cannot do by itself"""
     if group.size() == 1:
         return input_
+    if output_split_sizes is not None:
+        longest = max(output_split_sizes)
+        padded = input_.new_zeros([longest, *input_.shape[1:]])
+        padded[: input_.size(0)] = input_
+        parts = _all_parts(padded, group)
+        return torch.cat([part[:length] for part, length in zip(parts, output_split_sizes, strict=True)])
     output = input_.new_empty([input_.size(0) * group.size(), *input_.shape[1:]])
     dist.all_gather_into_tensor(output, input_.contiguous(), group=group)
     return output
 
 
 def reduce_scatter_along_first_dim(
-    input_: torch.Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False
+    input_: torch.Tensor,
+    group: Any,
+    input_split_sizes: Sequence[int] | None = None,
+    use_global_buffer: bool = False,
 ) -> torch.Tensor:
-    """[s ...] -> [s/tp ...], summed over the group"""
-    assert input_split_sizes is None, "uneven scatters come with the experts"
+    """[s ...] -> [s/tp ...], or this rank's ``input_split_sizes[rank]`` of them, summed over the group"""
     if group.size() == 1:
         return input_
+    if input_split_sizes is not None:
+        return reduce(input_.clone(), group).split(list(input_split_sizes))[group.rank()].contiguous()
     assert input_.size(0) % group.size() == 0, (input_.shape, group.size())
     if _is_small(input_):
         return reduce(input_, group).chunk(group.size())[group.rank()]
     output = input_.new_empty([input_.size(0) // group.size(), *input_.shape[1:]])
     dist.reduce_scatter_tensor(output, input_.contiguous(), group=group)
+    return output
+
+
+def all_to_all(
+    ctx: Any, group: Any, input: torch.Tensor, output_split_sizes: Any, input_split_sizes: Any
+) -> torch.Tensor:
+    """Rank i's piece of ``input_split_sizes[i]`` rows goes to rank i; equal pieces without sizes"""
+    ctx.group, ctx.output_split_sizes, ctx.input_split_sizes = group, output_split_sizes, input_split_sizes
+    if group.size() == 1:
+        return input
+    received, sent = (
+        None if sizes is None else [int(size) for size in sizes]
+        for sizes in (output_split_sizes, input_split_sizes)
+    )
+    input = input.contiguous()
+    output = (
+        torch.empty_like(input) if received is None else input.new_empty([sum(received), *input.shape[1:]])
+    )
+    dist.all_to_all_single(output, input, output_split_sizes=received, input_split_sizes=sent, group=group)
     return output
 
 
@@ -170,6 +202,19 @@ TABLE: tuple[Replacement, ...] = (
         "cpu",
         "sequence parallelism",
     ),
+    Replacement(
+        mappings._AllToAll,
+        "forward",
+        all_to_all,
+        "a4e3e4984091d25faa93564e96562a4390734744e442646541d478c933025ab1",
+        "cpu",
+        "tokens to experts on other ranks",
+    ),
+)
+
+# What megatron-core would fill with something of CUDA's when it finds None: (owner, name, what stands there on a CPU).
+PLACEHOLDERS: tuple[tuple[Any, str, Any], ...] = (
+    (MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", "no stream"),
 )
 
 
@@ -178,6 +223,9 @@ def install(device: str, table: tuple[Replacement, ...] = TABLE) -> None:
     for row in table:
         if row.where == "everywhere" or device == "cpu":
             _replace(row)
+    for owner, name, stand_in in PLACEHOLDERS:
+        if device == "cpu" and getattr(owner, name) is None:
+            setattr(owner, name, stand_in)
     open_tracker(device)
 
 

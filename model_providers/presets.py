@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from model_providers.config import ModelConfig
 from model_providers.errors import ModelError
+from model_providers.moe_config import MLAConfig, MoEConfig, MTPConfig
 
 
 def _gpt2(num_layers: int, hidden_size: int, num_attention_heads: int, **facts: Any) -> ModelConfig:
@@ -67,6 +68,48 @@ def _llama3(num_layers: int, hidden_size: int, num_attention_heads: int, ffn_hid
     )
 
 
+def _mixtral(
+    num_layers: int, hidden_size: int, num_attention_heads: int, ffn: int, **facts: Any
+) -> ModelConfig:
+    """Jiang et al. 2024 (arXiv:2401.04088), Table 1, and the configs released on Hugging Face: 8 experts, 2 chosen."""
+    return _llama(
+        num_layers,
+        hidden_size,
+        num_attention_heads,
+        num_kv_heads=8,
+        ffn_hidden_size=ffn,
+        moe=MoEConfig(num_experts=8, top_k=2, ffn_hidden_size=ffn, aux_loss=0.02),
+        rotary_base=1000000.0,
+        **facts,
+    )
+
+
+def _qwen3_moe(
+    num_layers: int, hidden_size: int, num_attention_heads: int, expert_ffn: int, dense_ffn: int
+) -> ModelConfig:
+    """Yang et al. 2025 (arXiv:2505.09388), Table 2: 128 experts, 8 chosen, balance over the global batch; QK norm."""
+    return _llama(
+        num_layers,
+        hidden_size,
+        num_attention_heads,
+        num_kv_heads=4,
+        head_dim=128,
+        ffn_hidden_size=dense_ffn,
+        qk_norm=True,
+        norm_eps=1e-6,
+        vocab_size=151936,
+        max_sequence_length=32768,
+        rotary_base=1000000.0,
+        moe=MoEConfig(num_experts=128, top_k=8, ffn_hidden_size=expert_ffn, global_aux_loss=0.001),
+    )
+
+
+def _deepseek(num_layers: int, hidden_size: int, num_attention_heads: int, **facts: Any) -> ModelConfig:
+    """Latent attention, a dense layer or three at the bottom, shared experts, sequences of 4096."""
+    plain = {"norm_eps": 1e-6, "max_sequence_length": 4096, "init_std": 0.006}
+    return _llama(num_layers, hidden_size, num_attention_heads, **plain | facts)
+
+
 PRESETS: Mapping[str, ModelConfig] = {
     # Ours: small enough for a test, and for minutes on two cores.
     "tiny": ModelConfig(
@@ -87,6 +130,52 @@ PRESETS: Mapping[str, ModelConfig] = {
         vocab_size=1024,
         max_sequence_length=512,
         init_std=0.05,
+    ),
+    "tiny-moe": ModelConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        ffn_hidden_size=64,
+        vocab_size=128,
+        max_sequence_length=64,
+        moe=MoEConfig(num_experts=4, top_k=2, ffn_hidden_size=32, aux_loss=0.01),
+    ),
+    # As many active parameters in its MLPs as "demo", of four times as many.
+    "demo-moe": ModelConfig(
+        num_layers=4,
+        hidden_size=320,
+        num_attention_heads=8,
+        num_kv_heads=4,
+        vocab_size=1024,
+        max_sequence_length=512,
+        init_std=0.05,
+        moe=MoEConfig(num_experts=8, top_k=2, ffn_hidden_size=512, aux_loss=0.01, z_loss=0.001),
+    ),
+    # Every part of DeepSeek-V3 in small: latent attention, groups of experts, balance by a bias, a look ahead.
+    "tiny-deepseek": ModelConfig(
+        num_layers=3,
+        hidden_size=32,
+        num_attention_heads=4,
+        ffn_hidden_size=64,
+        vocab_size=128,
+        max_sequence_length=64,
+        tie_embeddings=False,
+        mla=MLAConfig(q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8),
+        mtp=MTPConfig(),
+        moe=MoEConfig(
+            num_experts=8,
+            top_k=2,
+            ffn_hidden_size=24,
+            shared_ffn_hidden_size=24,
+            first_dense=1,
+            score="sigmoid",
+            num_groups=4,
+            group_top_k=2,
+            scaling_factor=2.5,
+            bias_update_rate=0.001,
+            sequence_aux_loss=0.0001,
+        ),
     ),
     # Radford et al. 2019, Table 2; heads and dropout as in the configs released on Hugging Face.
     "gpt2-124m": _gpt2(12, 768, 12),
@@ -118,6 +207,54 @@ PRESETS: Mapping[str, ModelConfig] = {
     "llama3-8b": _llama3(32, 4096, 32, 14336),
     "llama3-70b": _llama3(80, 8192, 64, 28672),
     "llama3-405b": _llama3(126, 16384, 128, 53248),
+    "mixtral-8x7b": _mixtral(32, 4096, 32, 14336, vocab_size=32000, max_sequence_length=32768),
+    "mixtral-8x22b": _mixtral(56, 6144, 48, 16384, vocab_size=32768, max_sequence_length=65536),
+    # DeepSeek-AI 2024 (arXiv:2405.04434), appendix B, and the released config of DeepSeek-V2-Lite: softmax scores over
+    # all experts that are not made to add up to 1.  Trained on sequences of 4096, so without the YaRN of the release.
+    "deepseek-v2-lite": _deepseek(
+        27,
+        2048,
+        16,
+        ffn_hidden_size=10944,
+        vocab_size=102400,
+        mla=MLAConfig(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128),
+        moe=MoEConfig(
+            num_experts=64,
+            top_k=6,
+            ffn_hidden_size=1408,
+            shared_ffn_hidden_size=2 * 1408,
+            first_dense=1,
+            normalize_top_k=False,
+            sequence_aux_loss=0.001,
+        ),
+    ),
+    # DeepSeek-AI 2024 (arXiv:2412.19437), section 4.2, and the released config of DeepSeek-V3.
+    "deepseek-v3": _deepseek(
+        61,
+        7168,
+        128,
+        ffn_hidden_size=18432,
+        vocab_size=129280,
+        mla=MLAConfig(
+            q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128
+        ),
+        mtp=MTPConfig(depth=1, loss_weight=0.3),
+        moe=MoEConfig(
+            num_experts=256,
+            top_k=8,
+            ffn_hidden_size=2048,
+            shared_ffn_hidden_size=2048,
+            first_dense=3,
+            score="sigmoid",
+            num_groups=8,
+            group_top_k=4,
+            scaling_factor=2.5,
+            bias_update_rate=0.001,
+            sequence_aux_loss=0.0001,
+        ),
+    ),
+    "qwen3-30b-a3b": _qwen3_moe(48, 2048, 32, 768, 6144),
+    "qwen3-235b-a22b": _qwen3_moe(94, 4096, 64, 1536, 12288),
 }
 
 

@@ -1,4 +1,4 @@
-"""The layers of a plan: embedding, block, final norm, head; each maps value to value."""
+"""The layers of a plan: embedding, block, final norm, layers that look ahead, head; each maps value to value."""
 
 import contextlib
 from typing import Any
@@ -15,6 +15,7 @@ from model_providers.config import ModelConfig
 from model_providers.kernels import Kernels
 from model_providers.layer_plan import GPTInputs, GPTValue, PlanModule
 from model_providers.masks import MaskMaker, positions
+from model_providers.moe_layer import ExpertPlace
 from model_providers.rotary import RotaryTable
 
 
@@ -26,17 +27,10 @@ class Embedding(PlanModule):
     def __init__(self, model: ModelConfig, config: TransformerConfig, groups: Any):
         super().__init__()
         self.config, self.tp_group = config, groups.tp
-        self.word_embeddings = tensor_parallel.VocabParallelEmbedding(
-            model.padded_vocab_size,
-            model.hidden_size,
-            init_method=config.embedding_init_method,
-            config=config,
-            tp_group=groups.tp,
-            # Learned positions are added to whole sequences first, so that their gradient is whole too.
-            reduce_scatter_embeddings=config.sequence_parallel and model.position_embedding != "learned",
-        )
-        # megatron-core drops the group where torch.distributed is not initialised.
-        self.word_embeddings.tp_group = groups.tp
+        # Learned positions are added to whole sequences first, so that their gradient is whole too.
+        has_positions = model.position_embedding == "learned"
+        self.word_embeddings = word_embeddings(model, config, groups, scatters=not has_positions)
+        self.looks_ahead = model.mtp is not None
         self.position_embeddings = None
         if model.position_embedding == "learned":
             table = torch.empty(model.max_sequence_length, model.hidden_size, dtype=config.params_dtype)
@@ -46,7 +40,8 @@ class Embedding(PlanModule):
         hidden = self._scattered(value) if self.config.sequence_parallel else self._whole(value)
         with shard_stream(self):
             hidden = F.dropout(hidden, self.config.hidden_dropout, self.training)
-        return GPTValue(hidden, value.segments, value.cache)
+        tokens = value.tokens if self.looks_ahead and self.training else None
+        return GPTValue(hidden, value.segments, value.cache, tokens)
 
     def _whole(self, value: GPTInputs) -> torch.Tensor:
         hidden = self.word_embeddings(value.tokens.t())  # [b s] -> [s b h]
@@ -58,7 +53,7 @@ class Embedding(PlanModule):
 
     def _scattered(self, value: GPTInputs) -> torch.Tensor:
         if self.position_embeddings is None:
-            return self.word_embeddings(value.tokens)  # [b s] -> [s/tp b h], transposed on the way
+            return embed(self.word_embeddings, value.tokens, self.config)
         return tensor_parallel.scatter_to_sequence_parallel_region(self._whole(value), group=self.tp_group)
 
 
@@ -73,10 +68,10 @@ class Block(PlanModule, TransformerLayer):
         layer_index: int,
         rotary: RotaryTable | None,
         masks: MaskMaker,
+        experts: ExpertPlace | None = None,
     ):
-        super().__init__(
-            config, kernels.block_submodules(config), layer_number=layer_index + 1, pg_collection=groups
-        )
+        parts = kernels.block_submodules(config, experts)
+        super().__init__(config, parts, layer_number=layer_index + 1, pg_collection=groups)
         self.rotary, self.masks = rotary, masks
 
     config: TransformerConfig
@@ -91,7 +86,7 @@ class Block(PlanModule, TransformerLayer):
                 rotary_pos_emb=self._cos_sin(value),
                 inference_context=value.cache,
             )
-        return GPTValue(hidden, value.segments, value.cache)
+        return value._replace(hidden=hidden)
 
     def _cos_sin(self, value: GPTValue) -> tuple[torch.Tensor, torch.Tensor] | None:
         if self.rotary is None:
@@ -110,8 +105,71 @@ class FinalNorm(PlanModule):
         return value._replace(hidden=self.norm(value.hidden))
 
 
+class LookAhead(PlanModule):
+    """One depth of multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2), in training only.
+
+    Depth k joins the state of token i with the embedding of token i + k and predicts the token after that.  Parts and
+    names are those of megatron-core's MultiTokenPredictionLayer; the embedding is tied to the model's.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: TransformerConfig,
+        groups: Any,
+        kernels: Kernels,
+        depth: int,
+        block: Block,
+    ):
+        super().__init__()
+        self.config, self.tp_group, self.depth = config, groups.tp, depth  # depth counts from 1
+        self.word_embeddings = word_embeddings(model, config, groups, scatters=True)
+
+        def norm() -> nn.Module:
+            return kernels.norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+
+        self.enorm, self.hnorm, self.final_layernorm = norm(), norm(), norm()
+        self.eh_proj = kernels.column_linear(
+            2 * config.hidden_size,
+            config.hidden_size,
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_group=groups.tp,
+        )
+        self.transformer_layer = block
+
+    def apply_to(self, value: GPTValue) -> GPTValue:
+        if not self.training:
+            return value
+        assert value.tokens is not None, "the embedding hands the tokens on where layers look ahead"
+        before = value.hidden if value.ahead is None else value.ahead.chunk(self.depth - 1)[-1]
+        with shard_stream(self):
+            embedded = F.dropout(self._embedded(value.tokens), self.config.hidden_dropout, True)
+        joined = torch.cat((self.enorm(embedded), self.hnorm(before)), dim=-1)  # [s b 2h]
+        hidden, _ = self.eh_proj(joined)  # [s b h/tp], of whole sequences
+        if self.tp_group.size() > 1:
+            hidden = tensor_parallel.gather_from_tensor_model_parallel_region(hidden, group=self.tp_group)
+        if self.config.sequence_parallel:
+            hidden = tensor_parallel.scatter_to_sequence_parallel_region(hidden, group=self.tp_group)
+        seen = self.transformer_layer.apply_to(GPTValue(hidden, value.segments))
+        mine = self.final_layernorm(seen.hidden)
+        return value._replace(ahead=mine if value.ahead is None else torch.cat((value.ahead, mine)))
+
+    def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens ``depth`` further on; the last ones have none, and nothing asks what they predict."""
+        ahead = F.pad(tokens[:, self.depth :], (0, self.depth))
+        return embed(self.word_embeddings, ahead, self.config)
+
+
 class Head(PlanModule):
-    """Logits over this rank's share of the padded vocabulary; the weight is its own even when tied (see Tie)."""
+    """Logits over this rank's share of the padded vocabulary; the weight is its own even when tied (see Tie).
+
+    Where layers looked ahead, a tuple: the next token's logits, and those of each depth.
+    """
 
     def __init__(self, model: ModelConfig, config: TransformerConfig, groups: Any, kernels: Kernels):
         super().__init__()
@@ -128,14 +186,42 @@ class Head(PlanModule):
             tp_group=groups.tp,
         )
 
-    def apply_to(self, value: GPTValue) -> torch.Tensor:
-        logits, _ = self.projection(value.hidden, weight=self.weight)  # [s b h] -> [s b v/tp]
+    def apply_to(self, value: GPTValue) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        if value.ahead is None:
+            return self._logits(value.hidden)
+        depths = value.ahead.chunk(value.ahead.size(0) // value.hidden.size(0))
+        return self._logits(value.hidden), *(self._logits(hidden) for hidden in depths)
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits, _ = self.projection(hidden, weight=self.weight)  # [s b h] -> [s b v/tp]
         return logits
+
+
+def word_embeddings(
+    model: ModelConfig, config: TransformerConfig, groups: Any, *, scatters: bool
+) -> tensor_parallel.VocabParallelEmbedding:
+    """``scatters``: under sequence parallelism each rank gets its shard of the sequence at once."""
+    words = tensor_parallel.VocabParallelEmbedding(
+        model.padded_vocab_size,
+        model.hidden_size,
+        init_method=config.embedding_init_method,
+        config=config,
+        tp_group=groups.tp,
+        reduce_scatter_embeddings=config.sequence_parallel and scatters,
+    )
+    words.tp_group = groups.tp  # megatron-core drops the group where torch.distributed is not initialised
+    return words
+
+
+def embed(words: nn.Module, tokens: torch.Tensor, config: TransformerConfig) -> torch.Tensor:
+    """[b s] -> [s b h], or under sequence parallelism [s/tp b h], which the module transposes on the way"""
+    return words(tokens) if config.sequence_parallel else words(tokens.t())
 
 
 def shard_stream(module: Any) -> contextlib.AbstractContextManager[None]:
     """Sequence shards differ between tensor ranks, so their dropout masks must too."""
     config = module.config
-    if config.sequence_parallel and module.training and (config.hidden_dropout or config.attention_dropout):
+    draws = config.hidden_dropout or config.attention_dropout or config.moe_input_jitter_eps
+    if config.sequence_parallel and module.training and draws:
         return tensor_parallel.get_cuda_rng_tracker().fork()
     return contextlib.nullcontext()

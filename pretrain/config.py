@@ -23,6 +23,13 @@ class LayoutConfig(Facts):
     sequence_parallel: bool = Field(
         False, description="split activations outside the matrices over the tp ranks too"
     )
+    ep: int = Field(1, ge=1, description="ranks of a stage that share out the experts")
+    etp: int | None = Field(
+        None, ge=1, description="ranks that share each expert's matrices; as tp if not given"
+    )
+    dispatcher: Literal["alltoall", "allgather", "hierarchical"] = Field(
+        "alltoall", description="how tokens come to their experts; hierarchical: inside the node first"
+    )
     partition: Literal["parameters", "cost", "uniform"] | tuple[int, ...] = Field(
         "cost", description="how layers go to stages; a list gives each stage's first layer and the end"
     )

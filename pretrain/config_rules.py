@@ -62,6 +62,9 @@ def sizes(config: RunConfig, world_size: int, found: list[str]) -> tuple[Layout 
         dp=dp,
         sequence_parallel=layout.sequence_parallel,
         chunks=layout.chunks,
+        ep=layout.ep,
+        etp=layout.etp,
+        dispatcher=layout.dispatcher,
         placement=family.style if family is not None and layout.chunks == 2 else "loop",
     )
     return whole, batch
@@ -281,12 +284,14 @@ def explicit_partition_is_sound(run: "Run") -> str | None:
     bounds = run.config.layout.partition
     if isinstance(bounds, str):
         return None
-    last = run.config.model.num_layers + 3  # embedding, final norm and head stand beside the layers
+    model = run.config.model
+    last = model.num_plan_layers
     rising = all(a < b for a, b in pairwise(bounds))
     if len(bounds) != run.layout.virtual_stages + 1 or bounds[0] != 0 or bounds[-1] != last or not rising:
+        ahead = f", {model.mtp.depth} that look ahead" if model.mtp is not None else ""
         return (
             f"layout.partition={list(bounds)}: needs {run.layout.virtual_stages + 1} rising numbers from 0 to {last} "
-            f"(embedding, {run.config.model.num_layers} layers, final norm, head), each the first layer of a "
+            f"(embedding, {model.num_layers} layers, final norm{ahead}, head), each the first layer of a "
             "stage"
         )
     return None

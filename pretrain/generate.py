@@ -16,7 +16,7 @@ from model_providers.config import ModelConfig
 from model_providers.families import PLAN_BUILDERS
 from model_providers.generation import generation_cache, next_logits
 from model_providers.gpt import solo_groups
-from model_providers.layout import Layout
+from model_providers.layout import Layout, TensorPlace
 from pretrain.checkpoint import store
 from pretrain.checkpoint.store import CONFIG, TOKENIZER, WEIGHTS
 from pretrain.checkpoint.weights import WeightLoader
@@ -106,7 +106,7 @@ def load_generator(path: Path, device: torch.device) -> Generator:
         kernels="torch",
     )
     root = nn.Module()
-    loader = WeightLoader(folder / WEIGHTS, tp_rank=0, tp=1, tied=tied_names(plan))
+    loader = WeightLoader(folder / WEIGHTS, TensorPlace(), tied=tied_names(plan))
     layers = [layer.module for layer in build_layers(root, plan.layers, plan.ties, [loader])]
     root.eval()
     return Generator(layers, config.model, load_tokenizer(str(folder / TOKENIZER)), device)

@@ -19,7 +19,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from model_providers.logical import describe_parameter, merge
+from model_providers.logical import describe_parameter, is_routed_expert, merge
 from pretrain.batches import Feed, open_run_data
 from pretrain.config_io import Run
 from pretrain.engine.base import Engine
@@ -103,7 +103,7 @@ def whole_model(engine: Engine, read: Callable[[torch.nn.Parameter], torch.Tenso
     for name, parameter in engine.module.named_parameters():
         tensor = _read(read, parameter, engine)
         if name not in skip:
-            mine[name] = _merge_over_tp(tensor, parameter, name, groups)
+            mine[name] = _merge_over_ranks(tensor, parameter, name, groups)
     if groups.place.dp or groups.place.tp:
         return {}
     return _collect_over_stages(mine, groups)
@@ -121,16 +121,19 @@ def _read(
     return tensor.detach().float().cpu().clone().reshape(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _merge_over_tp(
+def _merge_over_ranks(
     tensor: torch.Tensor, parameter: torch.nn.Parameter, name: str, groups: Groups
 ) -> torch.Tensor:
-    shards = [torch.empty_like(tensor) for _ in range(groups.layout.tp)]
-    dist.all_gather(shards, tensor.contiguous(), group=groups.tp)
-    whole = torch.empty(tensor.shape)  # a sharded parameter's own shape is that of its shard
-    for mark in ("tensor_model_parallel", "partition_dim", "partition_stride"):
+    """Of dense parameters over tensor ranks, of experts over all that hold a part of one copy of them."""
+    place = groups.layout.tensor_place(groups.rank)
+    group = groups.experts.copy if is_routed_expert(parameter) else groups.tp
+    shares = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(shares, tensor.contiguous(), group=group)
+    share = torch.empty(tensor.shape)  # a sharded parameter's own shape is that of its shard
+    for mark in ("tensor_model_parallel", "partition_dim", "partition_stride", "is_routed_expert"):
         if hasattr(parameter, mark):
-            setattr(whole, mark, getattr(parameter, mark))
-    return merge(shards, describe_parameter(name, whole, groups.layout.tp))
+            setattr(share, mark, getattr(parameter, mark))
+    return merge(shares, describe_parameter(name, share, place), ep=place.ep)
 
 
 def _collect_over_stages(mine: Tensors, groups: Groups) -> Tensors:

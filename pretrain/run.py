@@ -127,6 +127,7 @@ def make_plan(run: Run, groups: Groups) -> LayerPlan:
         device=groups.device,
         kernels=config.kernels,
         recompute=Recompute(config.recompute.mode, config.recompute.every),
+        nodes=groups.experts.nodes,
     )
 
 
@@ -138,7 +139,7 @@ def make_engine(run: Run, plan: LayerPlan, groups: Groups) -> Engine:
     if source is not None:
         folder = store.wanted(source, key="checkpoint.weights_from") / WEIGHTS
         arguments["prepare"] = [
-            WeightLoader(folder, tp_rank=groups.place.tp, tp=run.layout.tp, tied=tied_names(plan))
+            WeightLoader(folder, run.layout.tensor_place(groups.rank), tied=tied_names(plan))
         ]
     if run.layout.pp == 1:
         return build_zero_engine(plan, groups, **arguments)

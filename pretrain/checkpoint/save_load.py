@@ -7,7 +7,9 @@ goes on from the last good state instead of failing.
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch.distributed as dist
 from pretrain.checkpoint import store
 from pretrain.checkpoint.state import RunState, check_fits
 from pretrain.checkpoint.store import CONFIG, ENGINE, STATE, TOKENIZER, WEIGHTS
-from pretrain.checkpoint.weights import file_name, write_layer
+from pretrain.checkpoint.weights import ExpertRestorer, state_of, write_layer
 from pretrain.config_io import Run
 from pretrain.engine.base import Engine
 from pretrain.engine.groups import Groups
@@ -57,18 +59,28 @@ def save(run: Run, engine: Engine, state: RunState, tokenizer_folder: Path) -> P
 
 
 def write_weights(folder: Path, engine: Engine) -> None:
-    """Every rank must call it (ZeRO-3 gathers); the first data-parallel rank of each tensor rank and stage writes."""
+    """Every rank must call it (ZeRO-3 gathers); of ranks that hold the same share the first writes it."""
     groups, skip = engine.groups, tied_names(engine.plan)
+    place = groups.layout.tensor_place(groups.rank)
     folder.mkdir(parents=True, exist_ok=True)
     for layer in engine.layers:
-        name, parameters = layer.plan.name, dict(layer.module.named_parameters())
-        sharded = any(hasattr(parameter, "ds_id") for parameter in parameters.values())
-        with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=sharded):
-            if groups.place.dp == 0:
-                kept = {
-                    key: parameter for key, parameter in parameters.items() if f"{name}.{key}" not in skip
-                }
-                write_layer(folder / file_name(name, groups.place.tp), kept, tp=groups.layout.tp)
+        name, module = layer.plan.name, layer.module
+        with ExitStack() as gathered:
+            for parameters in apart_by_group(module.parameters()):
+                gathered.enter_context(deepspeed.zero.GatheredParameters(parameters))
+            state = {key: tensor for key, tensor in state_of(module).items() if f"{name}.{key}" not in skip}
+            write_layer(
+                folder, name, state, place, dense=groups.place.dp == 0, experts=groups.experts.place.edp == 0
+            )
+
+
+def apart_by_group(parameters: Iterable[Any]) -> list[list[Any]]:
+    """Those that ZeRO-3 shards, by the ranks over which it does: they are gathered together or not at all."""
+    by_group: dict[int, list[Any]] = defaultdict(list)
+    for parameter in parameters:
+        if hasattr(parameter, "ds_id"):
+            by_group[id(parameter.ds_process_group)].append(parameter)
+    return list(by_group.values())
 
 
 def checkpoint_root(run: Run) -> Path:
@@ -155,6 +167,11 @@ def _damage(folder: Path, faults: Sequence[str]) -> str:
 def load(folder: Path, engine: Engine) -> RunState:
     """Put the engine where the checkpoint left it; every rank calls it."""
     engine.load(folder / ENGINE)
+    groups = engine.groups
+    if groups.layout.ep > 1 and engine.deepspeed.zero_optimization_stage() < 3:
+        restore = ExpertRestorer(folder / WEIGHTS, groups.layout.tensor_place(groups.rank))
+        for layer in engine.layers:
+            restore(layer.plan.name, layer.module)
     return RunState.read(folder / STATE)
 
 

@@ -49,6 +49,7 @@ def layout_of(run: Run) -> dict[str, Any]:
         "pp": layout.pp,
         "dp": layout.dp,
         "sequence_parallel": int(layout.sequence_parallel),
+        **({"ep": layout.ep, "etp": layout.expert_tp} if layout.ep > 1 else {}),
         "zero_stage": run.zero_stage,
         **(pipeline if layout.pp > 1 else {}),
     }

@@ -78,7 +78,8 @@ def measure(plan: LayerPlan, batch: MicroBatch, groups: Groups) -> tuple[list[La
 
 
 def _kind(layer: PlannedLayer) -> str:
-    return "block" if layer.name.startswith("layers.") else layer.name
+    """Blocks of equal cost take equal times: dense ones, or those with experts."""
+    return f"block of {layer.cost.parameters}" if layer.name.startswith("layers.") else layer.name
 
 
 def _time_layer(layer: PlannedLayer, value, groups: Groups):  # type: ignore[no-untyped-def]

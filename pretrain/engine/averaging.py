@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.moe.utils import is_moe_param
 
 from pretrain.engine.schedules.ops import Kind, Op, Order
 
@@ -18,27 +19,32 @@ BUCKET_ELEMENTS = 1 << 22  # 16 MB of fp32: well above what latency costs on any
 
 
 class Averages:
-    """Sums under way over one group of ranks, which all start the same ones in the same order."""
+    """Sums under way over groups of ranks, which all start the same ones in the same order.
 
-    def __init__(self, group: dist.ProcessGroup):
-        self._group, self._size = group, dist.get_world_size(group)
+    ``experts``: the ranks that hold the same experts.  Those have met the tokens of all ``dp`` replicas already, and
+    are averaged over as many.
+    """
+
+    def __init__(self, dp: dist.ProcessGroup, experts: dist.ProcessGroup | None = None):
+        self._dp, self._replicas, self._experts = dp, dist.get_world_size(dp), experts or dp
         self._under_way: list[tuple[Any, torch.Tensor, list[torch.Tensor]]] = []
 
-    def start(self, gradients: Sequence[torch.Tensor]) -> None:
+    def start(self, gradients: Sequence[torch.Tensor], experts: Sequence[torch.Tensor] = ()) -> None:
         """Begin to average these in place; they must not be touched before `finish`."""
-        if self._size == 1:
+        if self._replicas == 1:
             return
-        for bucket in buckets(gradients):
-            alone = len(bucket) == 1 and bucket[0].is_contiguous()
-            flat = bucket[0] if alone else torch.cat([gradient.reshape(-1) for gradient in bucket])
-            work = dist.all_reduce(flat, group=self._group, async_op=True)
-            self._under_way.append((work, flat, bucket))
+        for kind, group in ((gradients, self._dp), (experts, self._experts)):
+            for bucket in buckets(kind):
+                alone = len(bucket) == 1 and bucket[0].is_contiguous()
+                flat = bucket[0] if alone else torch.cat([gradient.reshape(-1) for gradient in bucket])
+                work = dist.all_reduce(flat, group=group, async_op=True)
+                self._under_way.append((work, flat, bucket))
 
     def finish(self) -> None:
         """Wait, and put the averages where the gradients were."""
         for work, flat, bucket in self._under_way:
             work.wait()
-            flat.div_(self._size)
+            flat.div_(self._replicas)
             if flat is not bucket[0]:
                 parts = flat.split([gradient.numel() for gradient in bucket])
                 for gradient, part in zip(bucket, parts, strict=True):
@@ -76,7 +82,11 @@ class FinishedChunks:
         here = self._chunks[op.chunk]
         self._holders.subtract(here)
         whole = [self._parameters[key] for key in dict.fromkeys(here) if not self._holders[key]]
-        self.averages.start([self._gradient_of(parameter) for parameter in whole])
+        dense: list[torch.Tensor] = []
+        experts: list[torch.Tensor] = []
+        for parameter in whole:
+            (experts if is_moe_param(parameter) else dense).append(self._gradient_of(parameter))
+        self.averages.start(dense, experts)
         return True
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
 
 from model_providers.layer_plan import LayerPlan
 from pretrain.engine.cpu_adam import replay_products
 from pretrain.engine.groups import Groups
 from pretrain.engine.layers import BuiltLayer
+from pretrain.engine.step_control import StepControl
 from pretrain.monitor.timers import PhaseTimers
 
 
@@ -43,7 +43,7 @@ class StepResult:
 class Engine(ABC):
     """A layer plan in motion under DeepSpeed."""
 
-    def __init__(self, engine: DeepSpeedEngine, groups: Groups):
+    def __init__(self, engine: StepControl, groups: Groups):
         self.deepspeed = engine
         self.groups = groups
         self.timers = PhaseTimers(groups.device)
@@ -92,13 +92,15 @@ class Engine(ABC):
 
     def save(self, folder: Path, client_state: dict[str, Any]) -> None:
         """DeepSpeed's own files of this rank under ``folder``; every rank must call it."""
-        self.deepspeed.save_checkpoint(
-            str(folder.parent), tag=folder.name, client_state=client_state, save_latest=False
-        )
+        with self.deepspeed.in_plain_files():
+            self.deepspeed.save_checkpoint(
+                str(folder.parent), tag=folder.name, client_state=client_state, save_latest=False
+            )
 
     def load(self, folder: Path) -> None:
         """What `save` wrote under the same layout."""
-        path, _ = self.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
+        with self.deepspeed.in_plain_files():
+            path, _ = self.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
         assert path is not None, f"DeepSpeed found nothing to load under {folder}"
         replay_products(self.deepspeed.basic_optimizer)
 

@@ -7,8 +7,11 @@ compared with them, since libraries that disagree about a group pair wrong ranks
 
 import datetime
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import deepspeed
 import torch
@@ -18,7 +21,8 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from model_providers import mcore_on_cpu
-from model_providers.layout import Coordinates, Layout
+from model_providers.dispatch import Nodes
+from model_providers.layout import Coordinates, ExpertCoordinates, Layout
 from model_providers.random_streams import begin_micro_batch
 from pretrain.engine.native_builds import build_obstacle
 from pretrain.engine.quiet import without_stdout
@@ -26,6 +30,21 @@ from pretrain.errors import RunError
 
 DEFAULT_TIMEOUT_S = 1800.0
 SHARED_MEMORY = Path("/dev/shm")  # shm_open(3) on Linux
+
+
+class ExpertGroups(NamedTuple):
+    """Who shares experts; all of one rank each where there are none."""
+
+    place: ExpertCoordinates
+    ep: dist.ProcessGroup
+    etp: dist.ProcessGroup
+    edp: dist.ProcessGroup  # holds the same experts
+    copy: dist.ProcessGroup  # all that hold a part of one copy of the experts, etp fastest
+    norm: (
+        dist.ProcessGroup
+    )  # those of them with this rank's tensor coordinate, among which tp is summed besides
+    stage: dist.ProcessGroup  # all that route the tokens of this stage: tp x dp
+    nodes: Nodes | None  # how ``ep`` lies on machines; None on a single one
 
 
 @dataclass(frozen=True)
@@ -40,6 +59,7 @@ class Groups:
     dp: dist.ProcessGroup
     pp: dist.ProcessGroup
     model: dist.ProcessGroup  # all ranks that hold a part of one copy of the model: tp x pp
+    experts: ExpertGroups
     collection: ProcessGroupCollection  # the same, in megatron-core's words
 
     @property
@@ -105,6 +125,8 @@ def join(layout: Layout, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Groups:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.expert_tp,
         create_gloo_process_groups=False,
     )
     rank = dist.get_rank()
@@ -117,11 +139,68 @@ def join(layout: Layout, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Groups:
         dp=parallel_state.get_data_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),
         model=parallel_state.get_model_parallel_group(),
+        experts=_expert_groups(layout, rank),
         collection=ProcessGroupCollection.use_mpu_process_groups(),
     )
     for axis, group in (("tp", groups.tp), ("dp", groups.dp), ("pp", groups.pp)):
         assert_same_ranks(axis, group, next(ranks for ranks in layout.groups(axis) if rank in ranks))
+    for axis in ("ep", "etp", "edp"):
+        expected = next(ranks for ranks in layout.expert_groups(axis) if rank in ranks)
+        assert_same_ranks(axis, getattr(groups.experts, axis), expected)
     return groups
+
+
+def _expert_groups(layout: Layout, rank: int) -> ExpertGroups:
+    """megatron-core's, and where experts are shared out three of our own."""
+    copy, norm, nodes = (
+        parallel_state.get_tensor_model_parallel_group(),
+        parallel_state.get_expert_model_parallel_group(),
+        None,
+    )
+    if layout.ep > 1:
+        copies = layout.expert_groups("copy")
+        copy = _group_of(rank, copies)
+        norm = _group_of(rank, [ranks[first :: layout.tp] for ranks in copies for first in range(layout.tp)])
+        nodes = _nodes(layout, rank)
+    return ExpertGroups(
+        place=layout.expert_coordinates(rank),
+        ep=parallel_state.get_expert_model_parallel_group(),
+        etp=parallel_state.get_expert_tensor_parallel_group(),
+        edp=parallel_state.get_expert_data_parallel_group(),
+        copy=copy,
+        norm=norm,
+        stage=parallel_state.get_tensor_and_data_parallel_group(),
+        nodes=nodes,
+    )
+
+
+def _nodes(layout: Layout, rank: int) -> Nodes | None:
+    """Of this rank's expert group; None where it lies on one machine, or on none evenly."""
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", layout.world_size))
+    groups = layout.expert_groups("ep")
+    by_node = [_runs_on_one_node(ranks, per_node) for ranks in groups]
+    sizes = {len(ranks) for runs in by_node for ranks in runs}
+    if len(sizes) > 1 or sizes == {layout.ep}:
+        return None
+    (ranks_per_node,) = sizes
+    inner = [ranks for runs in by_node for ranks in runs]
+    outer = [list(ranks) for runs in by_node for ranks in zip(*runs, strict=True)]
+    return Nodes(_group_of(rank, inner), _group_of(rank, outer), ranks_per_node)
+
+
+def _runs_on_one_node(ranks: list[int], per_node: int) -> list[list[int]]:
+    return [list(run) for _, run in groupby(ranks, key=lambda rank: rank // per_node)]
+
+
+def _group_of(rank: int, all_ranks: Sequence[list[int]]) -> dist.ProcessGroup:
+    """The one that holds this rank, of groups that every rank must make together."""
+    ours = None
+    for ranks in all_ranks:
+        group = dist.new_group(ranks)
+        if rank in ranks:
+            ours = group
+    assert ours is not None
+    return ours
 
 
 def _load_shared_memory_collectives() -> None:

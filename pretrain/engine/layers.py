@@ -58,17 +58,23 @@ def attach(root: nn.Module, name: str, module: nn.Module) -> None:
     root.add_module(last, module)
 
 
-def share_tied_parameters(root: nn.Module, ties: Sequence[Tie]) -> list[Tie]:
-    """Make both ends of a tie one Parameter where both are in ``root``; returns the ties that were made."""
+def share_tied_parameters(root: nn.Module, ties: Sequence[Tie]) -> None:
+    """Make all ends of a tied parameter that are in ``root`` one Parameter."""
     names = {name for name, _ in root.named_parameters(remove_duplicate=False)}
-    shared = []
+    for family in tied_families(ties):
+        here = [f"{layer}.{parameter}" for layer, parameter in family if f"{layer}.{parameter}" in names]
+        for name in here[1:]:
+            module, _, parameter = name.rpartition(".")
+            setattr(root.get_submodule(module), parameter, root.get_parameter(here[0]))
+
+
+def tied_families(ties: Sequence[Tie]) -> list[list[tuple[str, str]]]:
+    """(layer, parameter) of all that are one, the owner first."""
+    families: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for tie in ties:
-        owner, user = f"{tie.owner}.{tie.owner_parameter}", f"{tie.user}.{tie.user_parameter}"
-        if owner in names and user in names:
-            module, _, parameter = user.rpartition(".")
-            setattr(root.get_submodule(module), parameter, root.get_parameter(owner))
-            shared.append(tie)
-    return shared
+        owner = (tie.owner, tie.owner_parameter)
+        families.setdefault(owner, [owner]).append((tie.user, tie.user_parameter))
+    return list(families.values())
 
 
 def tied_names(plan: LayerPlan) -> set[str]:

@@ -23,6 +23,7 @@ from model_providers import weight_gradients
 from model_providers.layer_plan import LayerPlan
 from pretrain.config import OptimizerConfig
 from pretrain.engine.base import Engine, MicroBatch, StepResult
+from pretrain.engine.experts import ExpertMarks
 from pretrain.engine.groups import Groups, assert_same_ranks
 from pretrain.engine.layers import Prepare, Wire
 from pretrain.engine.messages import (
@@ -84,19 +85,19 @@ class StageEngine(StepControl, StageGradients, PipelineEngine, _BaseIsMade):
         """What the first step needs; once, after construction, on every rank."""
         self._groups, self._shape, self._placement = groups, shape, shape.placement
         self._plans: dict[tuple[str, int], Plan] = {}
-        self._shapes: dict[
-            tuple[int, int], list[Shape]
-        ] = {}  # (virtual stage, micro-batch size) -> its inputs
+        # What a virtual stage takes, by micro-batch size and whether it is trained: layers that look ahead take more.
+        self._shapes: dict[tuple[int, int, bool], list[Shape]] = {}
         self._slots: dict[tuple[int, int], Slot] = defaultdict(Slot)
         self._mailbox = Mailbox(groups.pp, stage=self.stage_id, mode=shape.messages, device=groups.device)
         if shape.messages == "channel":
             self._mailbox.open_channels(groups.layout.groups("pp"))
         self._watch = WaitWatch(f"rank {groups.rank}, stage {self.stage_id}", shape.hang_s)
-        self.begin_gradients(groups.dp)
+        self.begin_gradients(groups)
 
     def run_training(self, batches: Sequence[MicroBatch | None], micro_size: int) -> float:
         """One optimizer step; the mean loss, on every rank."""
         self.module.train()
+        self.begin_step(len(batches))
         self.before_passes()
         self._run(self._plan(self._shape.schedule, len(batches)), batches, micro_size)
         with self._telling("the optimizer's step"), self.phase_timers.phase("step"):
@@ -294,7 +295,7 @@ class StageEngine(StepControl, StageGradients, PipelineEngine, _BaseIsMade):
         if message.what == "gradient":
             assert slot.outputs is not None
             return [torch.empty_like(tensor.detach()) for tensor in with_gradient(as_list(slot.outputs))]
-        shapes = self._shapes[self._receiving_stage(message), self._micro_size]
+        shapes = self._shapes[self._receiving_stage(message), *self._kind_of_pass()]
         is_training = torch.is_grad_enabled()
         return [
             torch.empty(size, dtype=dtype, device=self.device).requires_grad_(
@@ -303,8 +304,11 @@ class StageEngine(StepControl, StageGradients, PipelineEngine, _BaseIsMade):
             for size, dtype in shapes
         ]
 
+    def _kind_of_pass(self) -> tuple[int, bool]:
+        return self._micro_size, torch.is_grad_enabled()
+
     def _known_shapes(self) -> set[int]:
-        return {stage for stage, micro_size in self._shapes if micro_size == self._micro_size}
+        return {stage for stage, *kind in self._shapes if tuple(kind) == self._kind_of_pass()}
 
     def _exchange_shapes(self, message: Message) -> None:
         stage = self._receiving_stage(message)
@@ -316,7 +320,7 @@ class StageEngine(StepControl, StageGradients, PipelineEngine, _BaseIsMade):
         else:
             with self._waiting(message, "activation", stage - 1):
                 shapes = self._mailbox.hear_shapes(message.peer)
-        self._shapes[stage, self._micro_size] = shapes
+        self._shapes[stage, *self._kind_of_pass()] = shapes
 
     def _receiving_stage(self, message: Message) -> int:
         """The virtual stage that an activation is for."""
@@ -402,7 +406,8 @@ class PipelineTrainer(Engine):
         for parameter, group in self.deepspeed.module.get_tied_weights_and_groups():
             copies = [torch.empty_like(parameter) for _ in range(dist.get_world_size(group))]
             dist.all_gather(copies, parameter.detach().contiguous(), group=group)
-            largest = torch.maximum(largest, (copies[0].float() - copies[1].float()).abs().max())
+            for other in copies[1:]:
+                largest = torch.maximum(largest, (copies[0].float() - other.float()).abs().max())
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return float(largest)
 
@@ -420,7 +425,10 @@ def build_pipeline_engine(
     prepare: Sequence[Prepare] = (),
 ) -> PipelineTrainer:
     """Build this rank's layers and put our pipeline engine around them."""
-    module = StageModule(plan, groups, shape, prepare)
+    steps = list(prepare)
+    if groups.layout.ep > 1:
+        steps.append(ExpertMarks(groups, json["zero_optimization"]["stage"]))
+    module = StageModule(plan, groups, shape, steps)
     grid = module.mpu()
     assert_same_ranks("dp", grid.get_data_parallel_group(), dist.get_process_group_ranks(groups.dp))
     assert_same_ranks("pp", grid.get_pipe_parallel_group(), dist.get_process_group_ranks(groups.pp))

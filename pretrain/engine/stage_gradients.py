@@ -11,6 +11,7 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from pretrain.engine.averaging import Averages, FinishedChunks
+from pretrain.engine.groups import Groups
 
 
 class StageGradients(PipelineEngine):
@@ -19,7 +20,7 @@ class StageGradients(PipelineEngine):
     finished: FinishedChunks | None  # None: DeepSpeed averages, after the last operation
     _shards_gradients: bool
 
-    def begin_gradients(self, dp: dist.ProcessGroup) -> None:
+    def begin_gradients(self, groups: Groups) -> None:
         self._shards_gradients = self.zero_optimization_partition_gradients()
         self.finished = None
         if self._may_average_early():
@@ -27,7 +28,7 @@ class StageGradients(PipelineEngine):
                 [parameter for layer in chunk for parameter in layer.module.parameters()]
                 for chunk in self.module.chunks
             ]
-            self.finished = FinishedChunks(chunks, self.gradient, Averages(dp))
+            self.finished = FinishedChunks(chunks, self.gradient, Averages(groups.dp, groups.experts.edp))
         if self.using_bf16_optimizer:
             self._places_in_optimizer = {
                 id(parameter): (i, j)

@@ -11,7 +11,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from model_providers.layer_plan import LayerPlan
 from model_providers.partial_gradients import sum_partial_gradients
 from pretrain.engine.groups import Groups
-from pretrain.engine.layers import BuiltLayer, Prepare, Wire, build_layers, run_layers
+from pretrain.engine.layers import BuiltLayer, Prepare, Wire, build_layers, run_layers, tied_families
 from pretrain.engine.quiet import without_stdout
 from pretrain.engine.schedules.ops import Placement
 from pretrain.engine.schedules.streams import Mode
@@ -72,21 +72,19 @@ class StageModule(PipelineModule):
         return self.shape.placement.rank(virtual_stage)
 
     def _index_tied_modules(self) -> dict[str, Any]:
-        """Groups of ranks that hold the same tied parameter; the copy on the lower rank counts in norms."""
+        """Groups of ranks that hold the same tied parameter; the copy on the lowest rank counts in norms."""
         self.replicas: list[tuple[torch.nn.Parameter, dist.ProcessGroup]] = []
-        for tie in self.plan.ties:
-            stages = [self._stage_of(tie.owner), self._stage_of(tie.user)]
-            if stages[0] == stages[1]:
+        for family in tied_families(self.plan.ties):
+            holders: dict[int, str] = {}  # by stage, the name of one of its ends there: they are one parameter
+            for layer, parameter in family:
+                holders.setdefault(self._stage_of(layer), f"{layer}.{parameter}")
+            if len(holders) == 1:
                 continue
-            group = self._group_over_stages(stages)
-            mine = {
-                stages[0]: f"{tie.owner}.{tie.owner_parameter}",
-                stages[1]: f"{tie.user}.{tie.user_parameter}",
-            }
-            if self.stage_id in mine:
-                parameter = self.get_parameter(mine[self.stage_id])
-                parameter.ds_pipe_replicated = self.stage_id != min(stages)
-                self.replicas.append((parameter, group))
+            group = self._group_over_stages(list(holders))
+            if self.stage_id in holders:
+                replica = self.get_parameter(holders[self.stage_id])
+                replica.ds_pipe_replicated = self.stage_id != min(holders)
+                self.replicas.append((replica, group))
         return {}
 
     def _synchronize_tied_weights(self) -> None:

@@ -6,15 +6,19 @@ plain case up to them: one norm that counts each logical parameter once over tp 
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
 import torch.distributed as dist
+from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from model_providers.router import Router
 from pretrain.config import OptimizerConfig
+from pretrain.engine import experts
 from pretrain.engine.groups import Groups
 from pretrain.engine.layers import tied_names
 from pretrain.engine.optimizers import client_optimizer, set_flags
@@ -29,6 +33,8 @@ class StepControl(DeepSpeedEngine):
 
     model_group: dist.ProcessGroup | None = None
     tp_rank: int = 0
+    routers: Sequence[Router] = ()
+    routing_group: dist.ProcessGroup | None = None  # the ranks that route the tokens of this stage
 
     @classmethod
     def around(
@@ -38,6 +44,8 @@ class StepControl(DeepSpeedEngine):
         config = DeepSpeedConfig(json, mpu)
         set_flags(config, module)
         parameters = parameter_groups(module.named_parameters(), optimizer, tied_names(module.plan))
+        if groups.layout.ep > 1 and json["zero_optimization"]["stage"] < 3:
+            parameters = experts.optimizer_groups(parameters)
         with without_stdout():
             engine = cls(
                 args=None,
@@ -49,6 +57,7 @@ class StepControl(DeepSpeedEngine):
                 config_class=config,
             )
         engine.model_group, engine.tp_rank = groups.model, groups.place.tp
+        engine.routers, engine.routing_group = experts.routers(module), groups.experts.stage
         engine.monitor.enabled = False  # records come from one writer, pretrain/monitor
         return engine
 
@@ -57,12 +66,42 @@ class StepControl(DeepSpeedEngine):
         """Called when gradients are reduced and nothing is clipped or stepped yet."""
         return self.__dict__.setdefault("_before_step_callbacks", [])
 
+    def _configure_distributed_model(self, model: Any) -> None:
+        """DeepSpeed looks for expert layers of its own; below ZeRO-3 its optimizers must hear of ours."""
+        super()._configure_distributed_model(model)
+        shared_out = [parameter for parameter in self.module.parameters() if is_moe_param(parameter)]
+        self.has_moe_layers = bool(shared_out) and self.zero_optimization_stage() < 3
+
     def clip_fp32_gradients(self) -> None:
         """Done in `_take_model_step`, with the right norm."""
+
+    @contextmanager
+    def in_plain_files(self) -> Iterator[None]:
+        """Save and load every rank's state like any other: DeepSpeed's files for experts know its own layers only."""
+        kept, self.has_moe_layers = self.has_moe_layers, False
+        try:
+            yield
+        finally:
+            self.has_moe_layers = kept
+
+    def begin_step(self, num_micro_batches: int) -> None:
+        """Before the first forward pass of an optimizer step."""
+        if self.routers:
+            scale = self._get_optimizer_loss_scale() if self.fp16_enabled() else None
+            experts.begin_step(
+                loss_scale=1.0 if scale is None else float(scale),
+                num_micro_batches=num_micro_batches,
+                device=self.device,
+            )
 
     def _take_model_step(self, lr_kwargs: Any) -> None:
         for look in self.before_step_callbacks:
             look()
+        self._take_checked_step(lr_kwargs)
+        for router in self.routers:
+            router.end_step(self.routing_group, applied=self.was_step_applied())
+
+    def _take_checked_step(self, lr_kwargs: Any) -> None:
         if self.zero_optimization() or self.fp16_enabled() or self.bfloat16_enabled():
             super()._take_model_step(lr_kwargs)
             return

@@ -10,6 +10,7 @@ from model_providers.layer_plan import LayerPlan
 from model_providers.partial_gradients import sum_partial_gradients
 from pretrain.config import OptimizerConfig
 from pretrain.engine.base import Engine, MicroBatch, StepResult
+from pretrain.engine.experts import ExpertMarks
 from pretrain.engine.groups import Groups, ModelParallelUnit
 from pretrain.engine.layers import Prepare, Wire, build_layers, run_layers
 from pretrain.engine.step_control import StepControl
@@ -28,11 +29,9 @@ class LayerStack(torch.nn.Module):
         """Token ids [b s] (or with segments), labels and weights [b s] -> the weighted sum of losses, a scalar."""
         return self.plan.loss(self.logits(inputs), (labels, weights))
 
-    def logits(self, inputs: Any) -> torch.Tensor:
-        """[b s] -> [s b v/tp]"""
-        output = run_layers(self.built, inputs, self.plan)
-        assert isinstance(output, torch.Tensor)
-        return output
+    def logits(self, inputs: Any) -> Wire:
+        """[b s] -> [s b v/tp], and in training one more of each layer that looks ahead"""
+        return run_layers(self.built, inputs, self.plan)
 
 
 class ZeroEngine(Engine):
@@ -41,6 +40,7 @@ class ZeroEngine(Engine):
     def train_step(self, batches: Sequence[MicroBatch | None]) -> StepResult:
         engine = self.deepspeed
         engine.train()
+        engine.begin_step(len(batches))
         total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
         for number, batch in enumerate(batches):
             assert batch is not None
@@ -76,6 +76,8 @@ def build_zero_engine(
     """Build all of the plan's layers (sharded one by one under ZeRO-3) and put DeepSpeed's engine around them."""
     mpu = ModelParallelUnit(groups)
     steps = list(prepare)
+    if groups.layout.ep > 1:
+        steps.append(ExpertMarks(groups, json["zero_optimization"]["stage"]))
     if json["zero_optimization"]["stage"] == 3:
         steps.append(LayerSharder(json, groups, mpu))
     module = LayerStack(plan, groups, steps)

@@ -14,7 +14,7 @@ from torch import nn
 from model_providers.config import ModelConfig
 from model_providers.gpt import build_plan, solo_groups
 from model_providers.layer_plan import LayerPlan, Targets
-from model_providers.layout import Layout
+from model_providers.layout import Layout, TensorPlace
 from model_providers.logical import describe_parameter, merge
 from model_providers.partial_gradients import sum_partial_gradients
 
@@ -74,9 +74,10 @@ def build(model: ModelConfig, layout: Layout | None = None, groups: Any = None, 
     plan = build_plan(model, layout or Layout(), groups or solo_groups(), **options)
     layers = nn.ModuleDict({layer.name.replace(".", "/"): layer.build() for layer in plan.layers})
     for tie in plan.ties:
-        owner, user = layers[tie.owner], layers[tie.user]
+        owner, user = (layers[name.replace(".", "/")] for name in (tie.owner, tie.user))
         assert torch.equal(owner.get_parameter(tie.owner_parameter), user.get_parameter(tie.user_parameter))
-        setattr(user, tie.user_parameter, owner.get_parameter(tie.owner_parameter))
+        module, _, parameter = tie.user_parameter.rpartition(".")
+        setattr(user.get_submodule(module), parameter, owner.get_parameter(tie.owner_parameter))
     return Built(plan, layers)
 
 
@@ -109,7 +110,7 @@ def undivided(built: Built, tensors: dict[str, torch.Tensor], tp_group: Any) -> 
     for name, tensor in tensors.items():
         shards = [torch.empty_like(tensor) for _ in range(tp_group.size())]
         dist.all_gather(shards, tensor.contiguous(), group=tp_group)
-        description = describe_parameter(name, parameters[name], tp_group.size())
+        description = describe_parameter(name, parameters[name], TensorPlace(tp=tp_group.size()))
         if description.replicated:
             for shard in shards:
                 torch.testing.assert_close(

@@ -63,6 +63,7 @@ def test_a_sliding_window_equals_an_explicit_mask(window: int) -> None:
     class Config:
         window_size = (window - 1, 0)
         attention_dropout = 0.0
+        softmax_scale = None
         sequence_parallel = False
 
     found = attend(query, key, value, None, Config, training=True)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from model_providers.errors import ModelError
 from model_providers.gpt import build_plan, solo_groups
 from model_providers.layer_plan import GPTInputs, GPTValue, PlanModule
-from model_providers.layout import Layout
+from model_providers.layout import Layout, TensorPlace
 from model_providers.logical import LogicalParameter, describe, merge, split
 from model_providers.partial_gradients import partial_gradient_parameters, sum_partial_gradients
 from tests.model_providers.plans import SEQUENCE, batch, build, gpt2_like, llama_like
@@ -98,12 +98,12 @@ def test_a_tied_head_starts_as_the_embedding() -> None:
 
 
 def test_parameters_describe_themselves() -> None:
-    described = describe(build(gpt2_like()).layers["layers/0"], tp=2)
+    described = describe(build(gpt2_like()).layers["layers/0"], TensorPlace(tp=2))
     qkv, fc2 = described["self_attention.linear_qkv.weight"], described["mlp.linear_fc2.weight"]
     assert (qkv.shape, qkv.partition_dim, qkv.stride) == ((192, 32), 0, 1)  # twice the local 96 rows
     assert (fc2.shape, fc2.partition_dim) == ((32, 256), 1)
     assert described["mlp.linear_fc2.bias"].replicated and described["input_layernorm.bias"].replicated
-    gated = describe(build(llama_like()).layers["layers/0"], tp=1)["mlp.linear_fc1.weight"]
+    gated = describe(build(llama_like()).layers["layers/0"], TensorPlace())["mlp.linear_fc1.weight"]
     assert gated.stride == 2 and gated.partition_dim == 0
 
 
@@ -119,16 +119,36 @@ def test_splitting_and_merging_are_inverse(tp: int, stride: int, dim: int, rows:
     shape[dim] = rows * tp * stride
     full = torch.arange(math.prod(shape)).view(shape)
     description = LogicalParameter("w", tuple(shape), dim, stride)
-    shards = [split(full, description, rank, tp) for rank in range(tp)]
+    shards = [split(full, description, TensorPlace(tp=tp, tp_rank=rank)) for rank in range(tp)]
     assert torch.equal(merge(shards, description), full)
     replicated = LogicalParameter("w", tuple(shape), None)
-    assert torch.equal(merge([split(full, replicated, rank, tp) for rank in range(tp)], replicated), full)
+    assert torch.equal(merge([split(full, replicated, TensorPlace(tp=tp, tp_rank=rank)) for rank in range(tp)], replicated), full)
+
+
+@settings(deadline=None)
+@given(
+    ep=st.sampled_from([1, 2, 3]),
+    etp=st.sampled_from([1, 2]),
+    stride=st.sampled_from([1, 2]),
+    dim=st.sampled_from([1, 2]),
+)
+def test_experts_are_cut_by_ep_and_then_by_etp(ep: int, etp: int, stride: int, dim: int) -> None:
+    shape = [6, 4, 4]
+    full = torch.arange(math.prod(shape)).view(shape)
+    description = LogicalParameter("w", tuple(shape), dim, stride, is_expert=True)
+    places = [
+        TensorPlace(tp=5, tp_rank=3, etp=etp, etp_rank=e, ep=ep, ep_rank=r) for r in range(ep) for e in range(etp)
+    ]
+    assert [place.expert_share for place in places] == list(range(ep * etp))
+    shares = [split(full, description, place) for place in places]
+    assert shares[0].shape[0] == 6 // ep and shares[0].shape[dim] == 4 // etp
+    assert torch.equal(merge(shares, description, ep=ep), full)
 
 
 def test_a_gated_shard_holds_a_part_of_gate_and_up() -> None:
     description = LogicalParameter("fc1", (8, 1), 0, stride=2)
     full = torch.arange(8)[:, None]  # gate 0..3, up 4..7
-    assert split(full, description, 1, 2).flatten().tolist() == [2, 3, 6, 7]
+    assert split(full, description, TensorPlace(tp=2, tp_rank=1)).flatten().tolist() == [2, 3, 6, 7]
 
 
 def test_partial_gradients_are_found() -> None:
@@ -150,7 +170,21 @@ def test_inputs_and_values_travel_as_tensors() -> None:
     with pytest.raises(AssertionError, match="does not travel"):
         GPTValue(tokens, cache=object()).to_wire()
     with pytest.raises(NotImplementedError):
-        PlanModule()(tokens)
+        PlanModule()(torch.zeros(1))
+
+
+def test_parts_of_a_value_are_told_apart_by_their_number_formats() -> None:
+    hidden, ahead = torch.zeros(3, 1, 2), torch.ones(3, 1, 2)
+    tokens, segments = torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int32)
+    for value in (
+        GPTValue(hidden),
+        GPTValue(hidden, segments),
+        GPTValue(hidden, tokens=tokens),
+        GPTValue(hidden, tokens=tokens, ahead=ahead),
+        GPTValue(hidden, segments, tokens=tokens, ahead=ahead),
+    ):
+        back = GPTValue.from_wire(value.to_wire())
+        assert all(one is other for one, other in zip(back, value, strict=True)), value
 
 
 def test_a_layout_that_does_not_fit_is_refused_before_anything_is_built() -> None:

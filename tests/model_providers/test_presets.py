@@ -2,7 +2,7 @@
 
 import pytest
 
-from model_providers.cost import parameters
+from model_providers.cost import active_parameters, parameters
 from model_providers.errors import ModelError
 from model_providers.presets import PRESETS, get_preset, model_from
 
@@ -16,6 +16,21 @@ EXACT = {
     "llama3-8b": 8_030_261_248,
     "llama3-70b": 70_553_706_496,
     "llama3-405b": 405_853_388_800,
+    "mixtral-8x7b": 46_702_792_704,
+    "mixtral-8x22b": 140_630_071_296,
+    "deepseek-v2-lite": 15_706_484_224,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+}
+EXACT_WITHOUT_MTP = {"deepseek-v3": 671_026_404_352}
+# As printed, in billions: what a token meets.
+ACTIVE = {
+    "mixtral-8x7b": 12.9,
+    "mixtral-8x22b": 39.1,
+    "deepseek-v3": 37.5,
+    "qwen3-30b-a3b": 3.3,
+    "qwen3-235b-a22b": 22.1,
+    "llama3-8b": 8.03,
 }
 # As printed, in billions, with the tolerance that the printing leaves.
 PRINTED = {
@@ -45,6 +60,20 @@ def test_released_models_are_counted_exactly(name: str) -> None:
     assert parameters(get_preset(name), padded=False) == EXACT[name]
 
 
+@pytest.mark.parametrize("name", EXACT_WITHOUT_MTP)
+def test_what_looks_ahead_is_counted_apart(name: str) -> None:
+    """The released model_type counts none; the paper: 14B more with its copies of the vocabulary, 11.6B without."""
+    model = get_preset(name)
+    plain = model.model_copy(update={"mtp": None})
+    assert parameters(plain, padded=False) == EXACT_WITHOUT_MTP[name]
+    assert 11e9 < parameters(model) - parameters(plain) < 12e9
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_active_parameters_are_as_printed(name: str) -> None:
+    assert active_parameters(get_preset(name), padded=False) / 1e9 == pytest.approx(ACTIVE[name], rel=0.02)
+
+
 @pytest.mark.parametrize("name", PRINTED)
 def test_printed_sizes_are_met(name: str) -> None:
     tolerance = 0.03 if name.startswith(("megatron-1.7b", "gpt3")) else 0.011
@@ -68,7 +97,8 @@ def test_megatron_formula_of_table_1() -> None:
 
 
 def test_every_preset_is_tested_or_ours() -> None:
-    assert set(PRESETS) == {*EXACT, *PRINTED, "tiny", "demo"}
+    ours = {"tiny", "demo", "tiny-moe", "demo-moe", "tiny-deepseek"}
+    assert set(PRESETS) == {*EXACT, *EXACT_WITHOUT_MTP, *PRINTED, *ours}
 
 
 def test_the_demo_is_small_and_modern() -> None:

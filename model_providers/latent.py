@@ -1,0 +1,141 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1) of megatron-core's attention and linears.
+
+Parameters have the names of megatron-core's own MLASelfAttention.  Two things differ: the down projections are whole on
+every tensor rank, as in its Transformer Engine form (its other form loses a part of their gradient, since each rank
+passes back its own heads' share of the rotated key alone), and positions come from our table.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.attention import Attention
+from megatron.core.transformer.enums import AttnMaskType
+from torch import nn
+
+from model_providers.linears import Product, cpu_multiplies_bf16
+from model_providers.portable import extend_cache, mask_type
+from model_providers.rotary import rotate
+
+
+@dataclass
+class LatentSubmodules:
+    """What the attention is built of; the first two are asked for by the parent."""
+
+    core_attention: Any
+    linear_proj: Any
+    column_linear: Any
+    norm: Any
+
+
+class ReplicatedLinear(nn.Module):
+    """A linear that every tensor rank holds whole; under sequence parallelism each feeds it its own tokens."""
+
+    def __init__(self, config: Any, size_in: int, size_out: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size_out, size_in, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self._is_wide = config.params_dtype.itemsize == 2 and not cpu_multiplies_bf16()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [s b k] -> [s b n]
+        return Product.apply(x, self.weight, None, False, False, None, self._is_wide and x.is_cpu)
+
+
+class LatentAttention(Attention):
+    """Queries, keys and values through latents; the rotated part of the key is one for all heads."""
+
+    def __init__(
+        self,
+        config: Any,
+        submodules: LatentSubmodules,
+        layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ):
+        super().__init__(
+            config, submodules, layer_number, attn_mask_type, "self", cp_comm_type, pg_collection
+        )
+        heads = config.num_attention_heads
+        query_width = heads * (config.qk_head_dim + config.qk_pos_emb_head_dim)
+        if config.q_lora_rank is None:
+            self.linear_q_proj = self._column(submodules, config.hidden_size, query_width)
+        else:
+            self.linear_q_down_proj = ReplicatedLinear(config, config.hidden_size, config.q_lora_rank)
+            self.q_layernorm = self._norm(submodules, config.q_lora_rank)
+            self.linear_q_up_proj = self._column(submodules, config.q_lora_rank, query_width)
+        latent = config.kv_lora_rank
+        self.linear_kv_down_proj = ReplicatedLinear(
+            config, config.hidden_size, latent + config.qk_pos_emb_head_dim
+        )
+        self.kv_layernorm = self._norm(submodules, latent)
+        self.linear_kv_up_proj = self._column(
+            submodules, latent, heads * (config.qk_head_dim + config.v_head_dim)
+        )
+
+    def _column(self, submodules: LatentSubmodules, size_in: int, size_out: int) -> nn.Module:
+        return submodules.column_linear(
+            size_in,
+            size_out,
+            config=self.config,
+            init_method=self.config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_group=self.pg_collection.tp,
+        )
+
+    def _norm(self, submodules: LatentSubmodules, width: int) -> nn.Module:
+        return submodules.norm(config=self.config, hidden_size=width, eps=self.config.layernorm_epsilon)
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: torch.Tensor,  # [s b h], under sequence parallelism [s/tp b h]
+        attention_mask: torch.Tensor | None = None,
+        *,
+        inference_context: Any = None,
+        rotary_pos_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **unused: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        assert rotary_pos_emb is not None, "latent attention turns a part of its keys"
+        query, key, value = self.get_query_key_value_tensors(hidden_states, *rotary_pos_emb)
+        if inference_context is not None:
+            key, value = extend_cache(inference_context, self.layer_number, key, value)
+        core = self.core_attention
+        if self.checkpoint_core_attention and self.training:
+            core = self._checkpointed_attention_forward
+        kind = mask_type(self.attn_mask_type, query.size(0), key.size(0))
+        return self.linear_proj(core(query, key, value, attention_mask, attn_mask_type=kind))  # [s b h]
+
+    def get_query_key_value_tensors(  # type: ignore[override]
+        self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """-> query and key [s b n/tp (d + r)], value [s b n/tp v]; d does not turn, r does."""
+        config = self.config
+        plain, turned = config.qk_head_dim, config.qk_pos_emb_head_dim
+        if config.q_lora_rank is None:
+            query, _ = self.linear_q_proj(hidden_states)
+        else:
+            query, _ = self.linear_q_up_proj(self.q_layernorm(self.linear_q_down_proj(hidden_states)))
+        query = query.unflatten(-1, (-1, plain + turned))  # [s b n/tp (d + r)]
+        latent, shared = self.linear_kv_down_proj(hidden_states).split([config.kv_lora_rank, turned], dim=-1)
+        joined, _ = self.linear_kv_up_proj(self.kv_layernorm(latent.contiguous()))
+        key, value = joined.unflatten(-1, (-1, plain + config.v_head_dim)).split(
+            [plain, config.v_head_dim], dim=-1
+        )
+        shared = rotate(self._whole(shared.contiguous()).unsqueeze(2), cos, sin)  # [s b 1 r]
+        query_plain, query_turned = query.split([plain, turned], dim=-1)
+        query = torch.cat((query_plain, rotate(query_turned, cos, sin)), dim=-1)
+        key = torch.cat((key, shared.expand(-1, -1, key.size(2), -1)), dim=-1)
+        return query, key, value
+
+    def _whole(self, shared: torch.Tensor) -> torch.Tensor:
+        """All tokens' rotated key, whose gradient is summed over the ranks, since each has other heads."""
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(shared, group=self.tp_group)
+        return copy_to_tensor_model_parallel_region(shared, group=self.tp_group)

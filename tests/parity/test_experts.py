@@ -1,0 +1,193 @@
+"""Experts in every layout compute what one process does, expert by expert."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.conftest import OneProcess
+from tests.parity.record import record_raw
+from tests.parity.test_layouts import assert_same
+from tests.ranks import RankPool
+from tests.runs import tiny
+
+STEPS = 5
+MOE = {
+    "num_experts": 4,
+    "top_k": 2,
+    "ffn_hidden_size": 32,
+    "shared_ffn_hidden_size": 32,
+    "aux_loss": 0.01,
+    "z_loss": 0.001,
+}
+
+
+class Cell(NamedTuple):
+    """One layout of the suite."""
+
+    world_size: int
+    ep: int
+    zero: int = 1
+    tp: int = 1
+    pp: int = 1
+    etp: int | None = None
+    schedule: str = "1f1b"
+    chunks: int = 1
+    dispatcher: str = "alltoall"
+
+    def __str__(self) -> str:
+        dp = self.world_size // (self.tp * self.pp)
+        shared = f"ep{self.ep}" + (f"-etp{self.etp}" if self.etp else "")
+        pipeline = f"-pp{self.pp}-{self.schedule}" if self.pp > 1 else ""
+        return f"{shared}-tp{self.tp}{pipeline}-dp{dp}-zero{self.zero}" + f"-{self.dispatcher}"[:10]
+
+    def changes(self) -> dict[str, Any]:
+        layout: dict[str, Any] = {"ep": self.ep, "etp": self.etp, "dispatcher": self.dispatcher}
+        if self.tp > 1:
+            layout |= {"tp": self.tp, "sequence_parallel": True}
+        if self.pp > 1:
+            layout |= {"pp": self.pp, "schedule": self.schedule, "chunks": self.chunks}
+        return {"layout": layout, "deepspeed": f"zero{self.zero}.json"}
+
+
+CELLS = (
+    Cell(2, 1, zero=0),
+    Cell(2, 2, zero=1),
+    Cell(2, 2, zero=2),
+    Cell(2, 2, zero=3),
+    Cell(4, 2, zero=1),
+    Cell(4, 2, zero=2),
+    Cell(4, 2, zero=3),
+    Cell(4, 4, zero=1),
+    Cell(2, 2, zero=1, dispatcher="allgather"),
+    Cell(2, 1, tp=2),
+    Cell(2, 2, tp=2, etp=1),
+    Cell(4, 2, tp=2, etp=1, zero=2),
+    Cell(4, 2, tp=2, etp=1, zero=3),
+    Cell(4, 4, tp=2, etp=1),
+    Cell(4, 2, tp=2, etp=2),
+    Cell(4, 2, tp=2, etp=2, zero=2, dispatcher="allgather"),
+    Cell(2, 1, pp=2),
+    Cell(4, 2, pp=2),
+    Cell(4, 2, pp=2, schedule="zb-v", chunks=2),
+    Cell(4, 2, pp=2, schedule="interleaved", chunks=2),
+    Cell(4, 2, tp=2, etp=1, pp=2, schedule="zb-h1"),
+)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("zero", [1, 3])
+def test_sharing_out_experts_changes_nothing_expert_by_expert_over_20_steps(
+    ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, zero: int
+) -> None:
+    model = {"model__moe": MOE, "model__tie_embeddings": False}
+    shared_out = {"layout": {"ep": 2}, "deepspeed": f"zero{zero}.json"}
+    trace = ranks.run(record_raw, 2, tiny(corpus, out, **model, **shared_out), 20)[0]
+    reference = one_process(20, **model)
+    assert_same(trace, reference)
+    for name, wanted in reference.gradients.items():
+        if ".experts." in name:
+            for expert, (mine, theirs) in enumerate(zip(trace.gradients[name], wanted, strict=True)):
+                assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max(), f"{name}, expert {expert}"
+    assert reference.losses[-1] < reference.losses[0] - 0.1, "the reference itself must learn"
+
+
+DEEPSEEK = {
+    "model__preset": "tiny-deepseek",
+    "model__num_layers": 3,
+    "model__qk_norm": False,
+    "model__tie_embeddings": True,
+}
+OPTIONS = {
+    "sigmoid-groups-bias": {
+        "score": "sigmoid",
+        "num_groups": 2,
+        "group_top_k": 1,
+        "bias_update_rate": 0.01,
+        "scaling_factor": 2.0,
+        "shared_gate": True,
+        "shared_ffn_hidden_size": 16,
+    },
+    "softmax-of-all": {"normalize_top_k": False, "sequence_aux_loss": 0.01},
+    "global-loss": {"global_aux_loss": 0.05},
+    "capacity": {"capacity_factor": 1.0, "drop": "probs", "jitter": 0.05},
+    "padded": {"capacity_factor": 1.0, "drop": "position", "pad_to_capacity": True},
+    "some-layers": {"first_dense": 1, "every": 2},
+}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_kind_of_routing_is_the_same_with_shared_out_experts(
+    ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, option: str, dispatcher: str
+) -> None:
+    """A micro-batch a step, so that what is counted over a step is the same for two replicas as for one of them."""
+    if option == "padded" and dispatcher == "allgather":
+        pytest.skip("megatron-core pads in all-to-alls only")
+    moe = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 24, **OPTIONS[option]}
+    one_size = 4 if option == "global-loss" else 2
+    common = {"model__moe": moe, "batch": {"global_size": 4, "micro_size": 2}}
+    trace = ranks.run(
+        record_raw, 2, tiny(corpus, out, **common, layout={"ep": 2, "dispatcher": dispatcher}), STEPS
+    )[0]
+    alone = {**common, "batch": {"global_size": 4, "micro_size": one_size}}
+    assert_same(trace, one_process(STEPS, **alone))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("world_size", "changes"),
+    [
+        (2, {"layout": {"ep": 2}}),
+        (2, {"layout": {"ep": 2}, "deepspeed": "zero3.json"}),
+        (2, {"layout": {"tp": 2, "sequence_parallel": True}}),
+        (4, {"layout": {"tp": 2, "sequence_parallel": True, "ep": 4, "etp": 1}, "deepspeed": "zero2.json"}),
+        (2, {"layout": {"pp": 2}, "deepspeed": "pipeline.json"}),
+        (2, {"layout": {"pp": 2, "partition": [0, 2, 8]}, "recompute": "full"}),
+        (4, {"layout": {"pp": 2, "ep": 2, "schedule": "zb-v", "chunks": 2}}),
+        (4, {"layout": {"pp": 4, "schedule": "1f1b", "partition": [0, 2, 5, 6, 7]}}),
+    ],
+    ids=lambda value: str(value).replace(" ", "") if isinstance(value, dict) else str(value),
+)
+def test_latent_attention_experts_and_looking_ahead_in_every_layout(
+    ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, world_size: int, changes: dict[str, Any]
+) -> None:
+    model = {**DEEPSEEK, "model__mtp": {"depth": 2}} if changes["layout"].get("pp") == 2 else DEEPSEEK
+    trace = ranks.run(record_raw, world_size, tiny(corpus, out, **model, **changes), STEPS)[0]
+    assert_same(trace, one_process(STEPS, **model))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("world_size", "changes"),
+    [
+        (2, {"layout": {"ep": 2}}),
+        (4, {"layout": {"ep": 2}, "deepspeed": "zero2.json"}),
+        (4, {"layout": {"tp": 2, "sequence_parallel": True, "ep": 4, "etp": 1}}),
+        (4, {"layout": {"pp": 2, "ep": 2, "schedule": "zb-v", "chunks": 2}}),
+        (2, {"layout": {"ep": 2}, "deepspeed": "zero2_cpu_offload.json"}),
+    ],
+    ids=lambda value: str(value).replace(" ", "") if isinstance(value, dict) else str(value),
+)
+def test_bf16_experts_follow_fp32(
+    ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, world_size: int, changes: dict[str, Any]
+) -> None:
+    """All experts are chosen, so that no rounding sends a token elsewhere; norms count each expert once."""
+    model = {"model__moe": {**MOE, "top_k": 4}}
+    raw = tiny(corpus, out, **model, **changes, precision="bf16")
+    trace = ranks.run(record_raw, world_size, raw, STEPS)[0]
+    wanted = one_process(STEPS, **model)
+    assert trace.losses == pytest.approx(wanted.losses, rel=5e-3)
+    assert trace.grad_norms == pytest.approx(wanted.grad_norms, rel=2e-2)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_layout_computes_what_one_process_does(
+    ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, cell: Cell
+) -> None:
+    model = {"model__moe": MOE, "model__num_layers": 3}
+    raw = tiny(corpus, out, **model, **cell.changes())
+    trace = ranks.run(record_raw, cell.world_size, raw, STEPS)[0]
+    assert_same(trace, one_process(STEPS, **model))
