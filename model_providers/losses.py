@@ -94,7 +94,9 @@ class WeightedLoss:
 
     def __init__(self, share: VocabularyShare, *, ahead_weight: float = 0.0):
         self.share, self.ahead_weight = share, ahead_weight
-        self._ahead: torch.Tensor | None = None  # the mean over depths, summed over the calls since `take_ahead`
+        self._ahead: torch.Tensor | None = (
+            None  # the mean over depths, summed over the calls since `take_ahead`
+        )
 
     def __call__(self, output: Any, targets: Any) -> torch.Tensor:
         labels, weights = targets  # [b s] each

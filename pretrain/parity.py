@@ -100,10 +100,11 @@ def whole_model(engine: Engine, read: Callable[[torch.nn.Parameter], torch.Tenso
     """``read`` of every logical parameter of the model, on rank 0; collective, in layer order on each stage."""
     groups, skip = engine.groups, tied_names(engine.plan)
     mine: Tensors = {}
-    for name, parameter in engine.module.named_parameters():
-        tensor = _read(read, parameter, engine)
-        if name not in skip:
-            mine[name] = _merge_over_ranks(tensor, parameter, name, groups)
+    for layer in engine.layers:
+        for key, parameter in layer.module.named_parameters():
+            name = f"{layer.plan.name}.{key}"
+            if name not in skip:
+                mine[name] = _merge_over_ranks(_read(read, parameter, engine), parameter, name, groups)
     if groups.place.dp or groups.place.tp:
         return {}
     return _collect_over_stages(mine, groups)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from pretrain.engine.averaging import Averages, FinishedChunks
+from pretrain.engine.fillers import fillers
 from pretrain.engine.groups import Groups
 
 
@@ -90,6 +91,8 @@ class StageGradients(PipelineEngine):
 
     def after_passes(self) -> None:
         """Sums over tied copies and averages over the copies of the model; then the optimizer may step."""
+        for filler in fillers(self.module):
+            self.accumulate(filler, torch.zeros_like(filler))
         if self.finished is not None:
             self.finished.averages.finish()
         self._exec_reduce_tied_grads()

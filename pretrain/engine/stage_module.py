@@ -75,7 +75,9 @@ class StageModule(PipelineModule):
         """Groups of ranks that hold the same tied parameter; the copy on the lowest rank counts in norms."""
         self.replicas: list[tuple[torch.nn.Parameter, dist.ProcessGroup]] = []
         for family in tied_families(self.plan.ties):
-            holders: dict[int, str] = {}  # by stage, the name of one of its ends there: they are one parameter
+            holders: dict[
+                int, str
+            ] = {}  # by stage, the name of one of its ends there: they are one parameter
             for layer, parameter in family:
                 holders.setdefault(self._stage_of(layer), f"{layer}.{parameter}")
             if len(holders) == 1:

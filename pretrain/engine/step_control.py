@@ -19,6 +19,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from model_providers.router import Router
 from pretrain.config import OptimizerConfig
 from pretrain.engine import experts
+from pretrain.engine.fillers import fill
 from pretrain.engine.groups import Groups
 from pretrain.engine.layers import tied_names
 from pretrain.engine.optimizers import client_optimizer, set_flags
@@ -44,6 +45,8 @@ class StepControl(DeepSpeedEngine):
         config = DeepSpeedConfig(json, mpu)
         set_flags(config, module)
         parameters = parameter_groups(module.named_parameters(), optimizer, tied_names(module.plan))
+        if groups.layout.pp > 1:
+            fill(module, parameters, groups, expert_group=experts.group_name(groups))
         if groups.layout.ep > 1 and json["zero_optimization"]["stage"] < 3:
             parameters = experts.optimizer_groups(parameters)
         with without_stdout():

@@ -122,7 +122,10 @@ def test_splitting_and_merging_are_inverse(tp: int, stride: int, dim: int, rows:
     shards = [split(full, description, TensorPlace(tp=tp, tp_rank=rank)) for rank in range(tp)]
     assert torch.equal(merge(shards, description), full)
     replicated = LogicalParameter("w", tuple(shape), None)
-    assert torch.equal(merge([split(full, replicated, TensorPlace(tp=tp, tp_rank=rank)) for rank in range(tp)], replicated), full)
+    assert torch.equal(
+        merge([split(full, replicated, TensorPlace(tp=tp, tp_rank=rank)) for rank in range(tp)], replicated),
+        full,
+    )
 
 
 @settings(deadline=None)
@@ -137,7 +140,9 @@ def test_experts_are_cut_by_ep_and_then_by_etp(ep: int, etp: int, stride: int, d
     full = torch.arange(math.prod(shape)).view(shape)
     description = LogicalParameter("w", tuple(shape), dim, stride, is_expert=True)
     places = [
-        TensorPlace(tp=5, tp_rank=3, etp=etp, etp_rank=e, ep=ep, ep_rank=r) for r in range(ep) for e in range(etp)
+        TensorPlace(tp=5, tp_rank=3, etp=etp, etp_rank=e, ep=ep, ep_rank=r)
+        for r in range(ep)
+        for e in range(etp)
     ]
     assert [place.expert_share for place in places] == list(range(ep * etp))
     shares = [split(full, description, place) for place in places]

@@ -134,6 +134,24 @@ def test_where_the_pipeline_is_cut_changes_nothing(
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize(
+    "changes", [{}, {"deepspeed": "zero0.json"}, {"precision": "bf16"}, {"deepspeed": "zero2.json"}], ids=str
+)
+def test_stages_without_norms_go_with_others(
+    ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, changes: dict[str, Any]
+) -> None:
+    """An embedding alone, and a head alone: DeepSpeed's norms, group by group, waited for the missing one for ever."""
+    model = {"model__tie_embeddings": False}
+    layout = {"layout": {"pp": 4, "partition": [0, 1, 4, 6, 7]}, "deepspeed": "pipeline.json"}
+    trace = ranks.run(record_raw, 4, tiny(corpus, out, **{**model, **layout, **changes}), STEPS)[0]
+    wanted = one_process(STEPS, **model)
+    if "precision" in changes:
+        assert trace.grad_norms == pytest.approx(wanted.grad_norms, rel=2e-2)
+    else:
+        assert_same(trace, wanted)
+
+
+@pytest.mark.ranks
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_without_clipping_pipelines_of_all_lengths_agree(
     ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, world_size: int

@@ -34,6 +34,8 @@ class Cell(NamedTuple):
     schedule: str = "1f1b"
     chunks: int = 1
     dispatcher: str = "alltoall"
+    partition: tuple[int, ...] | None = None
+    first_dense: int = 0  # with a partition: a stage without experts
 
     def __str__(self) -> str:
         dp = self.world_size // (self.tp * self.pp)
@@ -47,6 +49,8 @@ class Cell(NamedTuple):
             layout |= {"tp": self.tp, "sequence_parallel": True}
         if self.pp > 1:
             layout |= {"pp": self.pp, "schedule": self.schedule, "chunks": self.chunks}
+        if self.partition:
+            layout["partition"] = list(self.partition)
         return {"layout": layout, "deepspeed": f"zero{self.zero}.json"}
 
 
@@ -72,6 +76,7 @@ CELLS = (
     Cell(4, 2, pp=2, schedule="zb-v", chunks=2),
     Cell(4, 2, pp=2, schedule="interleaved", chunks=2),
     Cell(4, 2, tp=2, etp=1, pp=2, schedule="zb-h1"),
+    Cell(4, 2, pp=2, partition=(0, 2, 6), first_dense=1),
 )
 
 
@@ -166,6 +171,7 @@ def test_latent_attention_experts_and_looking_ahead_in_every_layout(
         (4, {"layout": {"ep": 2}, "deepspeed": "zero2.json"}),
         (4, {"layout": {"tp": 2, "sequence_parallel": True, "ep": 4, "etp": 1}}),
         (4, {"layout": {"pp": 2, "ep": 2, "schedule": "zb-v", "chunks": 2}}),
+        (4, {"layout": {"pp": 2, "ep": 2, "partition": [0, 2, 6]}, "model__moe__first_dense": 1}),
         (2, {"layout": {"ep": 2}, "deepspeed": "zero2_cpu_offload.json"}),
     ],
     ids=lambda value: str(value).replace(" ", "") if isinstance(value, dict) else str(value),
@@ -174,8 +180,9 @@ def test_bf16_experts_follow_fp32(
     ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, world_size: int, changes: dict[str, Any]
 ) -> None:
     """All experts are chosen, so that no rounding sends a token elsewhere; norms count each expert once."""
-    model = {"model__moe": {**MOE, "top_k": 4}}
-    raw = tiny(corpus, out, **model, **changes, precision="bf16")
+    model = {"model__moe": {**MOE, "top_k": 4}, "model__num_layers": 3}
+    model |= {key: changes[key] for key in changes if key.startswith("model")}
+    raw = tiny(corpus, out, **{**model, **changes}, precision="bf16")
     trace = ranks.run(record_raw, world_size, raw, STEPS)[0]
     wanted = one_process(STEPS, **model)
     assert trace.losses == pytest.approx(wanted.losses, rel=5e-3)
@@ -187,7 +194,7 @@ def test_bf16_experts_follow_fp32(
 def test_layout_computes_what_one_process_does(
     ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, cell: Cell
 ) -> None:
-    model = {"model__moe": MOE, "model__num_layers": 3}
+    model = {"model__moe": {**MOE, "first_dense": cell.first_dense}, "model__num_layers": 3}
     raw = tiny(corpus, out, **model, **cell.changes())
     trace = ranks.run(record_raw, cell.world_size, raw, STEPS)[0]
     assert_same(trace, one_process(STEPS, **model))
