@@ -58,6 +58,11 @@ def offload_knows_the_optimizer(run: "Run") -> str | None:
 def muon_needs_whole_matrices(run: "Run") -> str | None:
     if run.config.optimizer.type.lower() != "muon":
         return None
+    if run.config.model.moe is not None:
+        return (
+            "optimizer.type=Muon with model.moe: a rank's experts lie in one tensor, which it would take for one "
+            "matrix; use AdamW or Lion"
+        )
     if run.layout.tp > 1 or run.layout.pp > 1:
         return (
             f"optimizer.type=Muon with layout.tp={run.layout.tp}, layout.pp={run.layout.pp}: it "

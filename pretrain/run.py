@@ -81,6 +81,11 @@ def check_place(run: Run, groups: Groups) -> None:
             f"out={run.config.out}: rank {groups.rank} does not see what rank 0 wrote to {run.folder}; use a "
             "folder on a disk that all nodes share"
         )
+    if run.layout.dispatcher == "hierarchical" and groups.experts.nodes is None:
+        faults.append(
+            f"layout.dispatcher=hierarchical: the layout.ep={run.layout.ep} ranks that share experts lie on one "
+            "machine, or unevenly on several; use alltoall"
+        )
     faults += preflight.faults(run)
     fault = groups.first_told("; ".join(faults) or None)
     if fault is not None:

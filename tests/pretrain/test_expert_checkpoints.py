@@ -1,0 +1,105 @@
+"""Runs with experts stop, go on, and hand their weights over to any other layout."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pretrain.checkpoint import store
+from pretrain.config_io import make_run
+from pretrain.parity import Tensors
+from tests.pretrain.test_resume import eight, go_on, refused, train
+from tests.ranks import RankPool
+
+MOE = {
+    "num_experts": 4,
+    "top_k": 2,
+    "ffn_hidden_size": 24,
+    "shared_ffn_hidden_size": 16,
+    "score": "sigmoid",
+    "bias_update_rate": 0.02,
+    "sequence_aux_loss": 0.01,
+    "jitter": 0.01,
+}
+MODEL = {"model__moe": MOE, "model__num_layers": 2}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {"deepspeed": "zero0.json"}),
+    "ep2": (2, {"layout": {"ep": 2}}),
+    "ep2-bf16": (2, {"layout": {"ep": 2}, "precision": "bf16"}),
+    "ep2-dp2-zero2": (4, {"layout": {"ep": 2}, "deepspeed": "zero2.json"}),
+    "ep2-zero3": (2, {"layout": {"ep": 2}, "deepspeed": "zero3.json"}),
+    "ep2-cpu": (2, {"layout": {"ep": 2}, "deepspeed": "zero2_cpu_offload.json"}),
+    "pp2-ep2": (4, {"layout": {"pp": 2, "ep": 2}, "precision": "bf16"}),
+    "tp2-ep4": (4, {"layout": {"tp": 2, "sequence_parallel": True, "ep": 4, "etp": 1}}),
+    "tp2-ep2-etp2": (4, {"layout": {"tp": 2, "sequence_parallel": True, "ep": 2, "etp": 2}}),
+}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
+def test_resuming_equals_running_through_bit_for_bit(
+    ranks: RankPool, corpus: str, tmp_path: Path, layout: str
+) -> None:
+    world_size, changes = LAYOUTS[layout]
+    through = ranks.run(train, world_size, eight(corpus, tmp_path / "through", **MODEL, **changes))[0]
+    raw = eight(corpus, tmp_path / "stopped", **MODEL, **changes)
+    first = ranks.run(train, world_size, raw, 5)[0]
+    second = ranks.run(train, world_size, raw)[0]
+    assert first[0] + second[0] == through[0] and first[1] + second[1] == through[1]
+    assert through[2].keys() == second[2].keys()
+    assert all(torch.equal(second[2][name], through[2][name]) for name in through[2])
+
+
+def end_of(raw: dict[str, Any]) -> tuple[Tensors, Tensors]:
+    """Weights of the whole model and the routers' biases after a run, as its last checkpoint has them."""
+    from pretrain.checkpoint.weights import WeightFolder
+
+    run = make_run(raw, world_size=dist.get_world_size())
+    go_on(run, None, Silent())
+    if dist.get_rank():
+        return {}, {}
+    source = WeightFolder(store.checkpoints(run.folder / "checkpoints")[0] / store.WEIGHTS)
+    state = {f"{name}.{key}": tensor for name in source.files for key, tensor in source.layer(name)}
+    biases = {name: tensor for name, tensor in state.items() if name.endswith("expert_bias")}
+    return {name: tensor for name, tensor in state.items() if name not in biases}, biases
+
+
+class Silent:
+    def write(self, record: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("layout", ["ep2-zero3", "tp2-ep2-etp2", "pp2-ep2"])
+def test_weights_and_biases_of_any_layout_start_a_run_of_any_other(
+    ranks: RankPool, corpus: str, tmp_path: Path, layout: str
+) -> None:
+    world_size, changes = LAYOUTS[layout]
+    weights, biases = ranks.run(end_of, world_size, eight(corpus, tmp_path / "from", **MODEL, **changes))[0]
+    assert len(biases) == 2 and all(bias.abs().max() > 0.01 for bias in biases.values())
+    folder = store.checkpoints(tmp_path / "from" / "tiny" / "checkpoints")[0]
+    for other in ("one", "ep2", "tp2-ep4"):
+        size, layout_changes = LAYOUTS[other]
+        raw = eight(
+            corpus, tmp_path / other, checkpoint={"weights_from": str(folder)}, **MODEL, **layout_changes
+        )
+        raw["train"] = {**raw["train"], "steps": 1}
+        raw["optimizer"] = {**raw["optimizer"], "lr": 1e-30, "weight_decay": 0.0}
+        raw["model"] = {**raw["model"], "moe": {**MOE, "bias_update_rate": 1e-30}}
+        started, their_biases = ranks.run(end_of, size, raw)[0]
+        assert started.keys() == weights.keys()
+        assert all(torch.equal(started[key].float(), weights[key].float()) for key in weights)
+        assert all((their_biases[key] - biases[key]).abs().max() < 1e-20 for key in biases)
+
+
+@pytest.mark.ranks
+def test_another_sharing_of_experts_is_refused_naming_both(
+    ranks: RankPool, corpus: str, tmp_path: Path
+) -> None:
+    raw = eight(corpus, tmp_path, **MODEL, **LAYOUTS["ep2"][1])
+    ranks.run(train, 2, raw, 2)
+    message = ranks.run(refused, 2, {**raw, "layout": {}})[0]
+    assert "ep=2 etp=1" in message and "checkpoint.weights_from=" in message
