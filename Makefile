@@ -6,11 +6,11 @@ DEMO := demo
 GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ')
 RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 
-.PHONY: help install demo test check format bench clean
+.PHONY: help install demo demo-corpus demo-moe test check format bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
 
 install: $(VENV)/.installed  ## the environment alone
 
@@ -25,15 +25,25 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
-demo: $(VENV)/.installed  ## from Python's standard library to a trained GPT, in minutes
+demo-corpus: $(VENV)/.installed
 	$(BIN)/megaloom tokenizer stdlib --vocab-size 1024 --out $(DEMO)/tokenizer.json
 	$(BIN)/megaloom prepare stdlib --tokenizer $(DEMO)/tokenizer.json --out $(DEMO)/stdlib
+
+demo: demo-corpus  ## from Python's standard library to a trained GPT, in minutes
 	@rm -rf $(DEMO)/gpt
 	$(BIN)/megaloom run pretrain/runs/demo.yaml --ranks $(RANKS)
 	@echo; echo "The loss curve:"; $(BIN)/megaloom plot loss $(DEMO)/gpt
 	@echo; echo "The model continues 'def ':"; $(BIN)/megaloom generate $(DEMO)/gpt --prompt 'def ' --tokens 80
 	@echo; echo "TensorBoard's logs are in $(DEMO)/gpt/tensorboard; look at them with"
 	@echo "    $(BIN)/tensorboard --logdir $(DEMO)/gpt/tensorboard"
+
+demo-moe: $(VENV)/.installed  ## the same with experts, shared out over two ranks
+	@test -f $(DEMO)/stdlib.bin || $(MAKE) --no-print-directory demo-corpus
+	@rm -rf $(DEMO)/moe
+	$(BIN)/megaloom run pretrain/runs/demo-moe.yaml --ranks $(RANKS) layout.ep=$(RANKS)
+	@echo; echo "The loss curve:"; $(BIN)/megaloom plot loss $(DEMO)/moe
+	@echo; echo "How many tokens each expert took, in shares of a fair one:"; $(BIN)/megaloom plot experts $(DEMO)/moe
+	@echo; echo "The model continues 'def ':"; $(BIN)/megaloom generate $(DEMO)/moe --prompt 'def ' --tokens 80
 
 test: $(VENV)/.installed-dev  ## everything that CI runs
 	$(BIN)/ruff format --check .

@@ -108,7 +108,9 @@ class Router(TopKRouter):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         probs, chosen = super().routing(logits, padding_mask)
         if self.training and torch.is_grad_enabled():  # not in an evaluation, nor in a pass that is run again
-            self._note(logits.detach().flatten(0, 1).float(), chosen & (probs.detach() > 0))
+            is_padded = self.config.moe_pad_expert_input_to_capacity
+            taken = chosen & (probs.detach() > 0) if is_padded else chosen
+            self._note(logits.detach().flatten(0, 1).float(), taken)
         return probs, chosen
 
     @torch.no_grad()

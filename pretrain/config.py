@@ -191,6 +191,13 @@ class MonitorConfig(Facts):
     hang_s: float = Field(
         300.0, ge=0, description="a pipeline rank that waits longer says for what; 0: never"
     )
+    experts_every: int = Field(
+        50, ge=0, description="steps between heat maps of the experts' loads; 0: only at the end"
+    )
+    starving_below: float = Field(
+        0.1, ge=0, lt=1, description="an expert with less than this of its fair share starves"
+    )
+    starving_steps: int = Field(100, ge=1, description="steps after which a starving expert is told of")
     tensorboard: bool = True
     peak_tflops: float | None = Field(
         None, gt=0, description="of one device, for MFU; known devices need none"

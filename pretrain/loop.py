@@ -11,6 +11,7 @@ from pretrain.batches import Feed
 from pretrain.config_io import Run
 from pretrain.engine.base import Engine
 from pretrain.errors import RunError
+from pretrain.monitor.experts import ExpertWatch
 from pretrain.monitor.guards import FiniteGuard, StopSignal, first_non_finite
 from pretrain.monitor.metrics import Metrics, Record
 from pretrain.monitor.sinks import Sink
@@ -39,7 +40,7 @@ class Loop:
     """What the loop works with.
 
     ``evaluate`` gives the losses of the validation sets, ``test`` those of the test sets, asked for once at the end;
-    ``save`` writes a checkpoint of the step.
+    ``save`` writes a checkpoint of the step; ``watch`` looks into models with experts or layers that look ahead.
     """
 
     run: Run
@@ -49,6 +50,7 @@ class Loop:
     test: Callable[[], dict[str, float]]
     save: Callable[[int], None]
     sinks: Sequence[Sink]
+    watch: ExpertWatch | None = None
 
     def train(self, first_step: int) -> Outcome:
         """Steps ``first_step`` (0 is the first ever) to the end."""
@@ -67,6 +69,8 @@ class Loop:
                     record.losses_by_set = self.evaluate()
                 if is_last:
                     record.test_losses = self.test()
+                if is_last or asked or record.losses_by_set or self._is_told(done):
+                    self._look_inside(record, draw=is_last)
                 self._tell(record, always=is_last or asked)
                 if is_last or asked or due(done, run.config.checkpoint.every):
                     self.save(done)
@@ -114,8 +118,20 @@ class Loop:
                 "checkpoint from before the step that parted them is good. Please report it with the run file"
             )
 
+    def _look_inside(self, record: Record, *, draw: bool) -> None:
+        """Experts' loads and the like, where the model has them; every rank calls it."""
+        if self.watch is None:
+            return
+        seen = self.watch.look(record.step)
+        record.values |= seen.values
+        if draw or due(record.step, self.run.config.monitor.experts_every):
+            record.expert_loads = seen.map
+
+    def _is_told(self, done: int) -> bool:
+        return due(done, self.run.config.monitor.log_every)
+
     def _tell(self, record: Record, *, always: bool) -> None:
-        if always or record.losses_by_set or due(record.step, self.run.config.monitor.log_every):
+        if always or record.losses_by_set or self._is_told(record.step):
             tell(self.sinks, record)
 
 

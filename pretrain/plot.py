@@ -1,4 +1,4 @@
-"""`megaloom plot`: a run's loss curve, or a run file's learning rate, as a PNG."""
+"""`megaloom plot`: a run's loss curve, its experts' loads, or a run file's learning rate, as a PNG."""
 
 import argparse
 import itertools
@@ -16,6 +16,7 @@ from matplotlib import pyplot as plt
 
 from pretrain.config_io import load_run
 from pretrain.errors import RunError
+from pretrain.monitor.heat_map import LoadMap, heat_map
 from pretrain.optim import learning_rate_factor
 
 INK, MUTED, ACCENTS = "#1f2430", "#9aa5b1", ("#d1495b", "#2e86ab", "#3d9970", "#8d5fd3")
@@ -34,7 +35,16 @@ def main(argv: list[str] | None = None) -> None:
         "words", nargs="*", metavar="key=value", help="overrides, such as schedule.warmup_steps=100"
     )
     rate.add_argument("--out", type=Path, default=Path("lr.png"), help="PNG (default: lr.png in this folder)")
+    loads = kinds.add_parser("experts", help="how many tokens each expert took, layer by layer")
+    loads.add_argument("run", type=Path, help="run folder")
+    loads.add_argument("--step", type=int, help="the last map up to this step (default: the last of all)")
+    loads.add_argument("--out", type=Path, help="PNG (default: experts.png in the run folder)")
     words = parser.parse_args(argv)
+    if words.kind == "experts":
+        out = words.out or words.run / "experts.png"
+        write(draw_experts(words.run, words.step), out)
+        print(out)
+        return
     out = (words.out or words.runs[0] / "loss.png") if words.kind == "loss" else words.out
     if words.kind == "loss":
         draw_losses({folder.name: read_records(folder) for folder in words.runs}, out)
@@ -51,6 +61,23 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
             f"run={folder}: no metrics.jsonl there; give the folder that a run wrote into (out/name)"
         )
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def draw_experts(folder: Path, step: int | None) -> Any:
+    """The heat map of one step of a run with experts."""
+    path = folder / "expert_loads.jsonl"
+    if not path.exists():
+        raise RunError(
+            f"run={folder}: no expert_loads.jsonl there; only runs of models with experts write it"
+        )
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    known = [line for line in lines if step is None or line["step"] <= step]
+    if not known:
+        raise RunError(
+            f"--step={step}: the first map is of step {lines[0]['step']}; see monitor.experts_every"
+        )
+    last = known[-1]
+    return heat_map(LoadMap(tuple(last["layers"]), tuple(map(tuple, last["loads"]))), last["step"])
 
 
 def draw_losses(runs: dict[str, list[dict[str, Any]]], out: Path) -> None:

@@ -31,7 +31,8 @@ from pretrain.errors import RunError
 from pretrain.evaluate import evaluate_all
 from pretrain.loop import Loop, Outcome
 from pretrain.monitor import banner, logs
-from pretrain.monitor.sinks import ConsoleSink, DeepSpeedMonitors, JsonLines, Sink
+from pretrain.monitor.experts import ExpertWatch
+from pretrain.monitor.sinks import ConsoleSink, DeepSpeedMonitors, ExpertLoadLines, JsonLines, Sink
 from pretrain.run_file import to_yaml
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ def train(run: Run) -> Outcome:
         test=lambda: evaluate_all(engine, data.test, run),
         save=lambda step: save(run, engine, data, step),
         sinks=sinks,
+        watch=make_watch(run, engine, first_step=state.step),
     )
     try:
         return loop.train(state.step)
@@ -163,6 +165,21 @@ def pipeline_shape(run: Run) -> PipelineShape:
     )
 
 
+def make_watch(run: Run, engine: Engine, *, first_step: int) -> ExpertWatch | None:
+    """What looks into the model; None where there is nothing to see but the loss."""
+    model, monitor = run.config.model, run.config.monitor
+    if model.moe is None and model.mtp is None:
+        return None
+    return ExpertWatch(
+        engine,
+        num_experts=model.moe.num_experts if model.moe is not None else 0,
+        top_k=model.moe.top_k if model.moe is not None else 0,
+        starving_below=monitor.starving_below,
+        starving_steps=monitor.starving_steps,
+        last_step=first_step,
+    )
+
+
 def make_state(run: Run, data: TrainingData, *, step: int) -> RunState:
     """What a checkpoint after ``step`` steps must remember."""
     consumed_samples = step * run.global_size
@@ -214,6 +231,7 @@ def open_run_log(
     texts = {"run": to_yaml(run.config), "deepspeed": json.dumps(run.deepspeed, indent=2)}
     return [
         JsonLines(run.folder / "metrics.jsonl", resumed_step=state.step),
+        ExpertLoadLines(run.folder / "expert_loads.jsonl", resumed_step=state.step),
         DeepSpeedMonitors(engine.deepspeed.monitor, resumed_step=state.step, texts=texts),
         ConsoleSink(console, num_steps=run.config.train.steps, first_step=state.step),
     ]

@@ -7,6 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from model_providers.config import ModelConfig
+from model_providers.cost import active_parameters
 from model_providers.layer_plan import LayerPlan
 from pretrain.config_io import Run
 from pretrain.engine.base import Engine
@@ -41,12 +43,13 @@ def facts(run: Run, engine: Engine, *, resumed: Path | None) -> Iterable[tuple[s
         f"{counted(model.num_attention_heads, 'head')} ({model.kv_heads} key/value), vocabulary {model.vocab_size} "
         f"(padded {model.padded_vocab_size})",
     )
+    yield from _special_parts(model)
     pipeline = f" ({config.layout.schedule}, {counted(layout.chunks, 'chunk')} each)" if layout.pp > 1 else ""
     sequence = " with sequence parallelism" if layout.sequence_parallel else ""
     yield (
         "layout",
         f"{counted(layout.world_size, 'rank')}: tp={layout.tp}{sequence}, pp={layout.pp}{pipeline}, dp={layout.dp}, "
-        f"ZeRO stage {run.zero_stage}",
+        f"{_sharing(run)}ZeRO stage {run.zero_stage}",
     )
     yield (
         "batch",
@@ -73,6 +76,34 @@ def facts(run: Run, engine: Engine, *, resumed: Path | None) -> Iterable[tuple[s
         yield "resumed", f"from {resumed}"
     elif config.checkpoint.weights_from:
         yield "weights", f"from {config.checkpoint.weights_from}"
+
+
+def _special_parts(model: ModelConfig) -> Iterable[tuple[str, str]]:
+    """Experts, latent attention and looking ahead, where the model has them."""
+    if model.moe is not None:
+        moe = model.moe
+        shared = (
+            f" and a shared one of width {moe.shared_ffn_hidden_size}" if moe.shared_ffn_hidden_size else ""
+        )
+        yield (
+            "experts",
+            f"{moe.top_k} of {moe.num_experts} of width {moe.ffn_hidden_size}{shared}, in "
+            f"{counted(model.num_expert_layers, 'layer')}; {short(active_parameters(model))} parameters a token",
+        )
+    if model.mla is not None:
+        yield "attention", f"latent, keys and values from {model.mla.kv_lora_rank} numbers a token"
+    if model.mtp is not None:
+        yield (
+            "looks ahead",
+            f"{counted(model.mtp.depth, 'token')} further, loss times {model.mtp.loss_weight:g}",
+        )
+
+
+def _sharing(run: Run) -> str:
+    layout = run.layout
+    if layout.ep == 1:
+        return ""
+    return f"ep={layout.ep} (each expert on {counted(layout.expert_tp, 'rank')}, {layout.dispatcher}), "
 
 
 def stage_table(run: Run, plan: LayerPlan) -> Table:

@@ -15,6 +15,7 @@ import torch
 from model_providers.cost import train_flops_per_token
 from pretrain.config_io import Run
 from pretrain.engine.base import StepResult
+from pretrain.monitor.heat_map import LoadMap
 
 # Dense bf16/fp16 peaks in TFLOP/s, from the vendors' data sheets; the first name that is part of the device's wins.
 PEAK_TFLOPS = {
@@ -42,6 +43,7 @@ class Record:
     values: dict[str, float]
     losses_by_set: dict[str, float] = field(default_factory=dict)  # of validation sets
     test_losses: dict[str, float] = field(default_factory=dict)  # of test sets, at the end
+    expert_loads: LoadMap | None = None  # now and then
 
     def as_dict(self) -> dict[str, Any]:
         return {

@@ -17,6 +17,7 @@ from rich.text import Text
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from pretrain.checkpoint.store import write_whole
+from pretrain.monitor.heat_map import heat_map
 from pretrain.monitor.metrics import Record
 
 LINE_EVERY_S = 5.0  # on a console that is no terminal
@@ -39,10 +40,34 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, record: Record) -> None:
-        self._file.write(json.dumps(record.as_dict()) + "\n")
+        self.put(record.as_dict())
+
+    def put(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
 
     def close(self) -> None:
         self._file.close()
+
+
+class ExpertLoadLines:
+    """Every expert's load now and then, in ``expert_loads.jsonl``, for `megaloom plot experts`."""
+
+    def __init__(self, path: Path, *, resumed_step: int):
+        self._path, self._resumed_step = path, resumed_step
+        self._lines: JsonLines | None = None
+
+    def write(self, record: Record) -> None:
+        loads = record.expert_loads
+        if loads is None:
+            return
+        if self._lines is None:
+            self._lines = JsonLines(self._path, resumed_step=self._resumed_step)
+        rounded = [[round(load, 4) for load in row] for row in loads.loads]
+        self._lines.put({"step": record.step, "layers": loads.layers, "loads": rounded})
+
+    def close(self) -> None:
+        if self._lines is not None:
+            self._lines.close()
 
 
 class DeepSpeedMonitors:
@@ -66,6 +91,9 @@ class DeepSpeedMonitors:
                 name = names.get(key) or (key if "/" in key else f"run/{key}")
                 events.append((name, value, record.step))
         self._monitor.write_events(events)
+        writer = self._writer()
+        if writer is not None and record.expert_loads is not None:
+            writer.add_figure("moe/loads", heat_map(record.expert_loads, record.step), record.step)
 
     def close(self) -> None:
         writer = self._writer()
@@ -113,6 +141,7 @@ class ConsoleSink:
                 f"loss {values['loss']:.4f}",
                 f"lr {values['learning_rate']:.2e}",
                 f"norm {values['grad_norm']:.2f}",
+                *experts(values),
                 f"{short(values['tokens_per_s'])} tokens/s",
                 speed(values),
                 f"ETA {self._eta(record.step)}",
@@ -127,6 +156,13 @@ class ConsoleSink:
     def _eta(self, step: int) -> str:
         per_step_s = (time.monotonic() - self._started_s) / max(1, self._steps_since_start)
         return duration((self._num_steps - step) * per_step_s)
+
+
+def experts(values: dict[str, float]) -> list[str]:
+    """The least and the most loaded expert of all layers, where there are experts."""
+    if "moe/load_max" not in values:
+        return []
+    return [f"experts {values['moe/load_min']:.2f}..{values['moe/load_max']:.2f}"]
 
 
 def speed(values: dict[str, float]) -> str:
