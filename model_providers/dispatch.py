@@ -108,10 +108,10 @@ class AllToAll(MoEAlltoAllTokenDispatcher):
         if tokens_per_expert is None or tokens_per_expert.is_cuda or self._has_splits_on_cuda():
             return super()._maybe_dtoh_and_synchronize(point, tokens_per_expert)
         if point == self.cuda_dtoh_point and not self.drop_and_pad:
-            for name in ("input_splits", "output_splits", "output_splits_tp"):
-                splits = getattr(self, name)
-                if isinstance(splits, torch.Tensor):
-                    setattr(self, name, splits.numpy())
+            self.input_splits, self.output_splits, self.output_splits_tp = (
+                splits.numpy() if isinstance(splits, torch.Tensor) else splits
+                for splits in (self.input_splits, self.output_splits, self.output_splits_tp)
+            )
         return tokens_per_expert
 
     def _has_splits_on_cuda(self) -> bool:

@@ -96,21 +96,21 @@ class ExpertLinear(nn.Module):
     def __init__(self, config: Any, num_experts: int, size_out: int, size_in: int, *, cut: int, stride: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, size_out, size_in, dtype=config.params_dtype))
-        marks = {
-            "is_routed_expert": True,
-            "tensor_model_parallel": True,
-            "partition_dim": cut,
-            "partition_stride": stride,
-            # megatron-core's and DeepSpeed's word for "reduced over copies of the expert, not over dp".
-            "allreduce": config.expert_model_parallel_size == 1,
-        }
-        for name, value in marks.items():
-            setattr(self.weight, name, value)
+        mark_expert(self.weight, cut=cut, stride=stride, is_shared_out=config.expert_model_parallel_size > 1)
         self._is_wide = config.params_dtype.itemsize == 2 and not cpu_multiplies_bf16()
 
     def forward(self, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """[t k] -> [t n]"""
         return ExpertProduct.apply(x, self.weight, counts, self._is_wide and x.is_cpu)
+
+
+def mark_expert(weight: Any, *, cut: int, stride: int, is_shared_out: bool) -> None:
+    """For the layout (logical.py), and for whoever sums gradients."""
+    weight.is_routed_expert = weight.tensor_model_parallel = True
+    weight.partition_dim, weight.partition_stride = cut, stride
+    weight.allreduce = (
+        not is_shared_out
+    )  # megatron-core's and DeepSpeed's word: summed over dp like all others
 
 
 class GroupedExperts(MegatronModule):

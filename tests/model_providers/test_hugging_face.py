@@ -10,8 +10,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from model_providers.config import ModelConfig
 from model_providers.errors import ModelError
-from model_providers.hugging_face import weights_from_hugging_face, weights_to_hugging_face
-from model_providers.hugging_face_config import config_to_hugging_face, family, model_from_hugging_face
+from model_providers.hugging_face.architectures import (
+    config_to_hugging_face,
+    family,
+    model_from_hugging_face,
+    weights_from_hugging_face,
+    weights_to_hugging_face,
+)
 from model_providers.layer_plan import Targets
 from tests.model_providers.plans import (
     Built,
