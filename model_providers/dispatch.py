@@ -37,6 +37,9 @@ class AllToAll(MoEAlltoAllTokenDispatcher):
     """megatron-core's, counting its traffic, and without streams where there are none."""
 
     tokens_per_expert: torch.Tensor | None
+    input_splits: Any
+    output_splits: Any
+    output_splits_tp: Any
 
     def __init__(self, *arguments: Any, nodes: Nodes | None = None, **named: Any):
         super().__init__(*arguments, **named)

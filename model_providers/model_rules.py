@@ -117,6 +117,16 @@ def sigmoid_scores_are_normalized(model: "ModelConfig") -> str | None:
     return None
 
 
+def one_expert_needs_a_weight(model: "ModelConfig") -> str | None:
+    moe = model.moe
+    if moe is not None and moe.top_k == 1 and moe.score == "softmax" and moe.normalize_top_k:
+        return (
+            "moe.top_k=1 with moe.normalize_top_k=True: the one expert's weight would always be 1, and the router "
+            "would learn nothing; use normalize_top_k=False, or score=sigmoid"
+        )
+    return None
+
+
 def bias_needs_sigmoid(model: "ModelConfig") -> str | None:
     moe = model.moe
     if moe is not None and moe.balances_by_bias and moe.score != "sigmoid":
@@ -187,6 +197,7 @@ RULES: tuple[Rule, ...] = (
     some_layer_has_experts,
     groups_of_experts_are_whole,
     sigmoid_scores_are_normalized,
+    one_expert_needs_a_weight,
     bias_needs_sigmoid,
     padding_needs_a_capacity,
     experts_have_no_biases,

@@ -182,6 +182,9 @@ class CheckpointConfig(Facts):
         "auto", description="auto: the newest valid one of this run; or a checkpoint's folder"
     )
     weights_from: str | None = Field(None, description="a checkpoint whose weights alone start a new run")
+    upcycle: bool = Field(
+        False, description="weights_from is dense, and every expert begins as a copy of its MLP"
+    )
 
 
 class MonitorConfig(Facts):

@@ -17,6 +17,7 @@ from pretrain.config import BatchConfig, RunConfig
 from pretrain.ds_config import optimizer_is_offloaded
 from pretrain.engine.schedules.catalogue import SCHEDULES, schedule_fault
 from pretrain.errors import RunError
+from pretrain.expert_rules import EXPERT_RULES
 from pretrain.nested import get
 from pretrain.optimizer_rules import OPTIMIZER_RULES, Rule
 
@@ -204,43 +205,6 @@ def zero_2_in_a_pipeline_is_sound(run: "Run") -> str | None:
     return None
 
 
-def shared_out_experts_need_zero(run: "Run") -> str | None:
-    layout = run.layout
-    if layout.ep > 1 and run.zero_stage == 0:
-        return (
-            f"zero_optimization.stage=0 with layout.ep={layout.ep}: DeepSpeed clips by the norm of a rank's own "
-            "experts there; use stage 1 (at dp=1 it needs the same memory), or layout.ep=1"
-        )
-    if layout.ep > 1 and run.zero_stage == 3 and layout.expert_tp > 1:
-        return (
-            f"zero_optimization.stage=3 with layout.ep={layout.ep} and layout.etp={layout.expert_tp}: DeepSpeed takes "
-            "a wrong norm of experts that are split over ranks; use layout.etp=1, or stage 1 or 2"
-        )
-    if layout.ep > 1 and run.zero_stage == 2 and layout.pp > 1:
-        return (
-            f"zero_optimization.stage=2 with layout.pp={layout.pp} and layout.ep={layout.ep}: not tried together; use "
-            "stage 1"
-        )
-    return None
-
-
-def dispatcher_can_pad(run: "Run") -> str | None:
-    moe = run.config.model.moe
-    if moe is not None and moe.pad_to_capacity and run.layout.dispatcher == "allgather":
-        return (
-            "model.moe.pad_to_capacity=true with layout.dispatcher=allgather: megatron-core pads in all-to-alls only; "
-            "use alltoall, or pad_to_capacity=false"
-        )
-    return None
-
-
-def dispatcher_needs_experts(run: "Run") -> str | None:
-    dispatcher = run.layout.dispatcher
-    if dispatcher == "alltoall" or run.layout.ep > 1:
-        return None
-    return f"layout.dispatcher={dispatcher} with layout.ep=1: tokens stay where they are; leave it out, or use ep > 1"
-
-
 def half_precision_needs_zero(run: "Run") -> str | None:
     dtype = run.config.precision.dtype
     if dtype != "fp32" and run.zero_stage == 0:
@@ -361,9 +325,6 @@ RULES: tuple[Rule, ...] = (
     explicit_partition_is_sound,
     pipeline_needs_zero_below_3,
     zero_2_in_a_pipeline_is_sound,
-    shared_out_experts_need_zero,
-    dispatcher_can_pad,
-    dispatcher_needs_experts,
     half_precision_needs_zero,
     accumulation_dtype_is_legal,
     optimizer_offload_needs_zero,
@@ -374,6 +335,7 @@ RULES: tuple[Rule, ...] = (
     partitioned_messages_need_whole_activations,
     checkpoints_to_begin_from_are_there,
     output_folder_can_be_made,
+    *EXPERT_RULES,
     *OPTIMIZER_RULES,
 )
 

@@ -16,6 +16,7 @@ from pretrain.batches import Feed, open_run_data
 from pretrain.checkpoint import save_load, store
 from pretrain.checkpoint.state import RunState, layout_of, model_of
 from pretrain.checkpoint.store import TOKENIZER, WEIGHTS, folder_name, write_whole
+from pretrain.checkpoint.upcycle import Upcycler
 from pretrain.checkpoint.weights import WeightLoader
 from pretrain.config_io import Run
 from pretrain.config_rules import AUTO_SCHEDULE, device_faults
@@ -145,8 +146,11 @@ def make_engine(run: Run, plan: LayerPlan, groups: Groups) -> Engine:
     source = run.config.checkpoint.weights_from
     if source is not None:
         folder = store.wanted(source, key="checkpoint.weights_from") / WEIGHTS
+        place, tied = run.layout.tensor_place(groups.rank), tied_names(plan)
         arguments["prepare"] = [
-            WeightLoader(folder, run.layout.tensor_place(groups.rank), tied=tied_names(plan))
+            Upcycler(folder, place, tied=tied, model=run.config.model)
+            if run.config.checkpoint.upcycle
+            else WeightLoader(folder, place, tied=tied)
         ]
     if run.layout.pp == 1:
         return build_zero_engine(plan, groups, **arguments)
