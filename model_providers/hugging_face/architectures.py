@@ -1,47 +1,33 @@
-"""The architectures of theirs that convert, and conversion by the first that can express a model."""
+"""The architectures of theirs that convert; a model of ours takes the first that can express it.  Imports no torch."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
-
-import torch
 
 from model_providers.config import ModelConfig
 from model_providers.errors import ModelError
-from model_providers.hugging_face import deepseek, entries, gpt2, llama
-from model_providers.hugging_face.entries import HEAD, WORDS, Entry, Weights
+from model_providers.hugging_face import deepseek, gpt2, llama
 
 Family = Literal["gpt2", "llama", "mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3"]  # their `model_type`
 
 
 class Architecture(NamedTuple):
-    """One of theirs: how it is called, what of a model it cannot express, its config.json and its tensors."""
+    """One of theirs: how it is called, what of a model it cannot express, its config.json in both directions."""
 
     title: str
     obstacles: Callable[[ModelConfig], list[str]]
     read: Callable[[Mapping[str, Any]], ModelConfig]
     write: Callable[[ModelConfig], dict[str, Any]]
-    entries: Callable[[ModelConfig], Iterator[Entry]]
 
 
 ARCHITECTURES: dict[Family, Architecture] = {
-    "gpt2": Architecture("GPT-2", gpt2.obstacles, gpt2.config_from, gpt2.config_to, gpt2.entries),
-    "llama": Architecture("Llama", llama.obstacles, llama.config_from, llama.config_to, llama.entries),
-    "mixtral": Architecture(
-        "Mixtral", llama.mixtral_obstacles, llama.mixtral_from, llama.mixtral_to, llama.mixtral_entries
-    ),
+    "gpt2": Architecture("GPT-2", gpt2.obstacles, gpt2.config_from, gpt2.config_to),
+    "llama": Architecture("Llama", llama.obstacles, llama.config_from, llama.config_to),
+    "mixtral": Architecture("Mixtral", llama.mixtral_obstacles, llama.mixtral_from, llama.mixtral_to),
     "qwen3_moe": Architecture(
-        "Qwen3-MoE",
-        llama.qwen3_moe_obstacles,
-        llama.qwen3_moe_from,
-        llama.qwen3_moe_to,
-        llama.qwen3_moe_entries,
+        "Qwen3-MoE", llama.qwen3_moe_obstacles, llama.qwen3_moe_from, llama.qwen3_moe_to
     ),
-    "deepseek_v2": Architecture(
-        "DeepSeek-V2", deepseek.v2_obstacles, deepseek.v2_from, deepseek.v2_to, deepseek.entries
-    ),
-    "deepseek_v3": Architecture(
-        "DeepSeek-V3", deepseek.v3_obstacles, deepseek.v3_from, deepseek.v3_to, deepseek.entries
-    ),
+    "deepseek_v2": Architecture("DeepSeek-V2", deepseek.v2_obstacles, deepseek.v2_from, deepseek.v2_to),
+    "deepseek_v3": Architecture("DeepSeek-V3", deepseek.v3_obstacles, deepseek.v3_from, deepseek.v3_to),
 }
 
 
@@ -56,26 +42,6 @@ def model_from_hugging_face(config: Mapping[str, Any]) -> ModelConfig:
 def config_to_hugging_face(model: ModelConfig) -> dict[str, Any]:
     """What transformers needs in config.json to load our exported weights."""
     return ARCHITECTURES[family(model)].write(model)
-
-
-def weights_from_hugging_face(weights: Weights, model: ModelConfig) -> dict[str, torch.Tensor]:
-    """Their tensors, under the names of their files, to ours; what is tied appears under all of its names."""
-    kind = family(model)
-    if kind == "gpt2":  # published files have the names with and without "transformer." in front
-        weights = {
-            f"transformer.{name.removeprefix('transformer.')}": tensor for name, tensor in weights.items()
-        }
-    ours = entries.read(ARCHITECTURES[kind].entries(model), weights, model)
-    if model.tie_embeddings:
-        ours[HEAD] = ours[WORDS]
-    for depth in range(model.mtp.depth if model.mtp is not None else 0):
-        ours[f"mtp.{depth}.word_embeddings.weight"] = ours[WORDS]
-    return ours
-
-
-def weights_to_hugging_face(weights: Weights, model: ModelConfig) -> dict[str, torch.Tensor]:
-    """Our whole tensors to theirs, as transformers saves them: a tied head is left out."""
-    return entries.write(ARCHITECTURES[family(model)].entries(model), weights, model)
 
 
 def family(model: ModelConfig) -> Family:

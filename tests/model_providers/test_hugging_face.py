@@ -14,9 +14,8 @@ from model_providers.hugging_face.architectures import (
     config_to_hugging_face,
     family,
     model_from_hugging_face,
-    weights_from_hugging_face,
-    weights_to_hugging_face,
 )
+from model_providers.hugging_face.weights import weights_from_hugging_face, weights_to_hugging_face
 from model_providers.layer_plan import Targets
 from tests.model_providers.plans import (
     Built,

@@ -25,9 +25,8 @@ from model_providers.hugging_face.architectures import (
     config_to_hugging_face,
     family,
     model_from_hugging_face,
-    weights_from_hugging_face,
-    weights_to_hugging_face,
 )
+from model_providers.hugging_face.weights import weights_from_hugging_face, weights_to_hugging_face
 from model_providers.presets import PRESETS
 from tests.model_providers.plans import Built, build, llama_like
 

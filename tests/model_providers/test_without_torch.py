@@ -11,7 +11,9 @@ TORCH_FREE = (
     "activation_memory",
     "partition",
     "errors",
-    "hugging_face_config",
+    "moe_config",
+    "model_rules",
+    "hugging_face.architectures",
 )
 
 
