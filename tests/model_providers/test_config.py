@@ -35,6 +35,62 @@ BAD_FACTS = [
 ]
 
 
+MOE = {"num_experts": 8, "top_k": 2, "ffn_hidden_size": 16}
+MLA = {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+BAD_EXPERTS: list[tuple[dict[str, Any], str]] = [
+    ({"moe": MOE | {"top_k": 9}}, "moe.top_k=9: there are moe.num_experts=8; choose at most that"),
+    ({"moe": MOE | {"first_dense": 2}}, "moe.first_dense=2, moe.every=1: none of num_layers=2 is left"),
+    ({"moe": MOE | {"num_groups": 4}}, "moe.num_groups and moe.group_top_k: give both, or none"),
+    ({"moe": MOE | {"num_groups": 3, "group_top_k": 1}}, "groups must divide moe.num_experts=8"),
+    (
+        {"moe": MOE | {"num_groups": 8, "group_top_k": 1}},
+        "moe.top_k=2: moe.group_top_k=1 groups hold only 1 experts",
+    ),
+    (
+        {"moe": MOE | {"score": "sigmoid", "normalize_top_k": False}},
+        "megatron-core always makes them add up to 1",
+    ),
+    ({"moe": MOE | {"top_k": 1}}, "the one expert's weight would always be 1"),
+    ({"moe": MOE | {"bias_update_rate": 0.1}}, "use score=sigmoid, or 0"),
+    ({"moe": MOE | {"pad_to_capacity": True}}, "give moe.capacity_factor"),
+    ({"moe": MOE, "linear_bias": True}, "experts have no biases here"),
+    ({"moe": MOE | {"shared_gate": True}}, "give moe.shared_ffn_hidden_size"),
+    ({"mla": MLA, "qk_norm": True}, "num_kv_heads=2, qk_norm=True with mla"),
+    ({"mtp": {}, "position_embedding": "learned"}, "use position_embedding=rotary or none"),
+    ({"moe": MOE | {"num_expert": 3}}, "moe.num_expert=3: unknown key"),
+]
+
+
+@pytest.mark.parametrize(("facts", "message"), BAD_EXPERTS, ids=[str(facts) for facts, _ in BAD_EXPERTS])
+def test_facts_of_experts_that_disagree_are_named(facts: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        model_from(facts, preset="tiny")
+
+
+@pytest.mark.parametrize(
+    ("moe", "layers"),
+    [
+        ({}, [0, 1, 2, 3, 4, 5]),
+        ({"first_dense": 2}, [2, 3, 4, 5]),
+        ({"every": 2}, [1, 3, 5]),
+        ({"first_dense": 1, "every": 3}, [3]),
+    ],
+)
+def test_which_layers_have_experts(moe: dict[str, Any], layers: list[int]) -> None:
+    model = llama_like(num_layers=6, moe=MOE | moe)
+    assert [layer for layer in range(6) if model.has_experts(layer)] == layers
+    assert model.num_expert_layers == len(layers)
+
+
+def test_widths_of_latent_attention() -> None:
+    model = llama_like(num_kv_heads=None, mla=MLA, mtp={"depth": 2})
+    assert (model.query_width, model.value_width, model.rotary_width) == (4 * 12, 4 * 8, 4)
+    assert model.score_scale == pytest.approx(12**-0.5) and model.num_plan_layers == 2 + 3 + 2
+    yarn = {"kind": "yarn", "factor": 4.0, "original_max_positions": 8, "mscale_all_dim": 1.0}
+    stretched = llama_like(num_kv_heads=None, mla=MLA, rope_scaling=yarn)
+    assert stretched.score_scale == pytest.approx(12**-0.5 * 1.1386294**2)
+
+
 @pytest.mark.parametrize(("facts", "message"), BAD_FACTS, ids=[str(facts) for facts, _ in BAD_FACTS])
 def test_a_wrong_fact_is_named_with_its_limit(facts: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):

@@ -7,6 +7,7 @@ import torch
 
 from model_providers.errors import ModelError
 from model_providers.generation import generation_cache, next_logits
+from model_providers.presets import get_preset
 from tests.model_providers.plans import batch, build, gpt2_like, llama_like
 
 MODELS = {
@@ -15,6 +16,8 @@ MODELS = {
     "no positions, multi-query": llama_like(position_embedding="none", num_kv_heads=1),
     "sliding window": llama_like(sliding_window=5),
     "yarn": llama_like(rope_scaling={"kind": "yarn", "factor": 4.0, "original_max_positions": 4}),
+    "experts": llama_like(moe={"num_experts": 4, "top_k": 2, "ffn_hidden_size": 16, "jitter": 0.1}),
+    "latent attention, shared experts, looking ahead": get_preset("tiny-deepseek"),
 }
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from megatron.core.parallel_state import RankGenerator
 
@@ -87,6 +87,74 @@ def test_a_layout_that_cannot_cut_the_model_says_why(
 ) -> None:
     problems = layout_problems(model, Layout(**layout), sequence_length=18)
     assert any(message in problem for problem in problems), problems
+
+
+MOE = {"num_experts": 6, "top_k": 2, "ffn_hidden_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("moe", "layout", "message"),
+    [
+        (
+            None,
+            {"ep": 2, "dp": 2},
+            "layout.ep=2: model.moe is not set, so there are no experts; leave it out",
+        ),
+        (MOE, {"tp": 2}, "tokens are dispatched by sequence shards; use layout.sequence_parallel=true"),
+        (MOE, {"dp": 2, "etp": 2}, "layout.etp=2 with layout.ep=1: nobody would sum"),
+        (
+            MOE,
+            {"ep": 4, "dp": 4},
+            "layout.ep=4: does not divide model.moe.num_experts=6; choose one of [1, 2, 3, 6]",
+        ),
+        (
+            MOE,
+            {"ep": 2, "dp": 3},
+            "layout.etp=1 x layout.ep=2: must divide tp x dp = 1 x 3 ranks of a stage; ",
+        ),
+        (
+            MOE,
+            {"tp": 2, "sequence_parallel": True, "ep": 3, "etp": 1, "dp": 3},
+            "layout.etp=1 x layout.ep=3: must be a multiple of layout.tp=2",
+        ),
+        (
+            {**MOE, "ffn_hidden_size": 15},
+            {"tp": 2, "sequence_parallel": True, "ep": 2, "dp": 2},
+            "layout.etp=2: does not divide model.moe.ffn_hidden_size=15; choose one of [1, 3, 5, 15]",
+        ),
+        (
+            {**MOE, "shared_ffn_hidden_size": 15},
+            {"tp": 2, "sequence_parallel": True},
+            "layout.tp=2: does not divide model.moe.shared_ffn_hidden_size=15",
+        ),
+    ],
+)
+def test_experts_that_cannot_be_shared_out_say_why(moe: Any, layout: dict[str, Any], message: str) -> None:
+    problems = layout_problems(llama_like(moe=moe), Layout(**layout), sequence_length=18)
+    assert any(message in problem for problem in problems), problems
+
+
+@settings(deadline=None)
+@given(
+    etp=st.sampled_from([1, 2, 4]),
+    ep=st.sampled_from([1, 2, 3, 4]),
+    edp=st.sampled_from([1, 2, 3]),
+    pp=st.sampled_from([1, 2]),
+    tp=st.sampled_from([1, 2, 4]),
+)
+def test_expert_coordinates_number_every_stage_anew(etp: int, ep: int, edp: int, pp: int, tp: int) -> None:
+    """megatron-core's expert rank generator: etp fastest, then ep, then copies, within each stage."""
+    assume((etp * ep * edp) % tp == 0 and (etp * ep) % tp == 0)
+    layout = Layout(tp=tp, dp=etp * ep * edp // tp, pp=pp, ep=ep, etp=etp)
+    assert layout.expert_dp == edp
+    places = [layout.expert_coordinates(rank) for rank in range(layout.world_size)]
+    assert places == [(t, e, d) for _ in range(pp) for d in range(edp) for e in range(ep) for t in range(etp)]
+    for axis, size in (("etp", etp), ("ep", ep), ("edp", edp), ("copy", etp * ep)):
+        groups = layout.expert_groups(axis)
+        assert {len(group) for group in groups} == {size}
+        assert sorted(rank for group in groups for rank in group) == list(range(layout.world_size))
+    shares = [layout.tensor_place(rank).expert_share for rank in layout.expert_groups("copy")[0]]
+    assert shares == list(range(etp * ep))
 
 
 def test_sequence_parallelism_needs_something_to_shard_over() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import all_to_all
 from megatron.core.tensor_parallel import random as mcore_random
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 
@@ -50,7 +52,8 @@ def put_back(name: str, patch: pytest.MonkeyPatch) -> None:
     row = row_for(name)
     patch.setattr(mcore_on_cpu, "install", lambda device: None)
     original = stock(row)
-    patch.setattr(row.owner, row.name, staticmethod(original) if row.name == "backward" else original)
+    is_static = row.name in ("forward", "backward")  # of autograd functions
+    patch.setattr(row.owner, row.name, staticmethod(original) if is_static else original)
 
 
 @pytest.fixture
@@ -142,6 +145,48 @@ def multi_query_step_without(name: str) -> str:
 def test_without_gather_along_last_dim_shared_key_heads_ask_for_cuda(ranks: Any) -> None:
     for error in ranks.run(multi_query_step_without, 2, "_gather_along_last_dim"):
         assert "CUDA" in error or "NVIDIA" in error, error
+
+
+def exchange(name: str | None) -> Any:
+    """What an uneven all-to-all brings, or the error where its row is missing."""
+    group = tensor_groups(tp=2).tp
+    rank, rows = group.rank(), torch.arange(3.0)[:, None] + 10 * dist.get_rank()
+    sent = ([1, 2], [0, 3])[rank]
+    received = ([1, 0], [2, 3])[rank]
+    with pytest.MonkeyPatch.context() as patch:
+        if name is not None:
+            put_back(name, patch)
+        try:
+            return all_to_all(group, rows, received, sent).flatten().tolist()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.ranks
+def test_without_all_to_all_tokens_ask_for_cuda_on_their_way(ranks: Any) -> None:
+    assert ranks.run(exchange, 2, None) == [[0.0], [1.0, 2.0, 10.0, 11.0, 12.0]]
+    for error in ranks.run(exchange, 2, "_AllToAll.forward"):
+        assert "CUDA" in error or "NVIDIA" in error, error
+
+
+def uneven(small: int) -> dict[str, Any]:
+    """Shares of 1 and 3 rows, gathered; 4 rows summed and dealt out again."""
+    group = tensor_groups(tp=2).tp
+    sizes, rank = [1, 3], group.rank()
+    mine = torch.full((sizes[rank], 2), 1.0 + rank)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mcore_on_cpu, "SMALL", small)
+        whole = mcore_on_cpu.gather_along_first_dim(mine, group, sizes)
+        part = mcore_on_cpu.reduce_scatter_along_first_dim(whole, group, sizes)
+    return {"whole": whole[:, 0].tolist(), "part": part[:, 0].tolist(), "kept": whole[:, 0].tolist()}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("small", [0, 100], ids=["reduced", "gathered"])
+def test_uneven_gathers_and_scatters(ranks: Any, small: int) -> None:
+    first, second = ranks.run(uneven, 2, small)
+    assert first["whole"] == second["whole"] == first["kept"] == [1.0, 2.0, 2.0, 2.0]
+    assert (first["part"], second["part"]) == ([2.0], [4.0, 4.0, 4.0])
 
 
 def sums_of_a_strided_tensor() -> tuple[list[Any], list[Any]]:

@@ -51,7 +51,8 @@ class Cell(NamedTuple):
             layout |= {"pp": self.pp, "schedule": self.schedule, "chunks": self.chunks}
         if self.partition:
             layout["partition"] = list(self.partition)
-        return {"layout": layout, "deepspeed": f"zero{self.zero}.json"}
+        json = "moe.json" if self.zero == 1 and self.ep > 1 else f"zero{self.zero}.json"
+        return {"layout": layout, "deepspeed": json}
 
 
 CELLS = (

@@ -67,9 +67,9 @@ def watched_step(raw: dict[str, Any]) -> list[tuple[int, int]] | None:
         start, count = finished.averages.start, finished.count
         left = [0]
 
-        def began(gradients: list[torch.Tensor]) -> None:
-            seen.append((left[0], len(gradients)))
-            start(gradients)
+        def began(gradients: list[torch.Tensor], experts: list[torch.Tensor]) -> None:
+            seen.append((left[0], len(gradients) + len(experts)))
+            start(gradients, experts)
 
         def counted(op: Any) -> bool:
             left[0] -= 1
@@ -104,6 +104,22 @@ def test_the_first_finished_chunk_does_not_wait_for_the_others(
         assert seen[0][0] > 0, "the first chunk's averages must be under way while others work"
 
 
+def average_experts() -> list[float]:
+    """Ranks 0 and 2 hold the same experts, and 1 and 3; all four are replicas of the rest."""
+    groups = [dist.new_group(ranks) for ranks in ([0, 2], [1, 3])]
+    rank = dist.get_rank()
+    dense, expert = torch.full((2,), float(rank)), torch.full((2,), float(10 * rank))
+    averages = Averages(dist.group.WORLD, groups[rank % 2])
+    averages.start([dense], [expert])
+    averages.finish()
+    return [dense[0].item(), expert[0].item()]
+
+
+@pytest.mark.ranks
+def test_experts_are_summed_over_their_copies_and_averaged_over_all_replicas(ranks: RankPool) -> None:
+    assert ranks.run(average_experts, 4) == [[1.5, 5.0], [1.5, 10.0]] * 2
+
+
 @pytest.mark.ranks
 def test_where_deepspeed_converts_gradients_it_reduces_them_itself(
     ranks: RankPool, corpus: str, out: Path, tmp_path: Path
@@ -118,7 +134,7 @@ def test_a_parameter_of_two_chunks_waits_for_both() -> None:
     shared, own = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
     shared.grad, own.grad = torch.ones(1), torch.ones(1)
     started: list[list[torch.Tensor]] = []
-    averages = SimpleNamespace(start=started.append)
+    averages = SimpleNamespace(start=lambda gradients, experts: started.append(gradients))
     chunks = FinishedChunks([[shared], [own, shared]], lambda parameter: parameter.grad, averages)  # type: ignore[arg-type, return-value]
     order = (Op(Kind.FORWARD, 0, 0), Op(Kind.FORWARD, 1, 0), Op(Kind.BACKWARD, 1, 0), Op(Kind.BACKWARD, 0, 0))
     chunks.begin(order)

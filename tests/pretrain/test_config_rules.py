@@ -11,6 +11,7 @@ from pretrain.config_rules import device_faults
 from pretrain.errors import RunError
 from tests.runs import checked, tiny
 
+MOE = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 16}
 STAGE_1_OFFLOAD = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
 
 # rule, ranks, changes of the run, DeepSpeed JSON or None, what the message must say
@@ -49,6 +50,58 @@ CASES: tuple[tuple[str, int, dict[str, Any], dict[str, Any] | None, str], ...] =
         {"layout__pp": 2, "model__tie_embeddings": False},
         {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
         r"stage=2 with layout\.pp=2 and offload_optimizer: not tried together; use stage 1",
+    ),
+    (
+        "shared_out_experts_need_zero",
+        2,
+        {"layout__ep": 2, "model__moe": MOE},
+        {"zero_optimization": {"stage": 0}},
+        r"stage=0 with layout\.ep=2.*use stage 1 .*or layout\.ep=1",
+    ),
+    (
+        "shared_out_experts_need_zero",
+        4,
+        {"layout": {"tp": 2, "sequence_parallel": True, "ep": 2}, "model__moe": MOE},
+        {"zero_optimization": {"stage": 3}},
+        r"stage=3 with layout\.ep=2 and layout\.etp=2.*use layout\.etp=1, or stage 1 or 2",
+    ),
+    (
+        "shared_out_experts_need_zero",
+        4,
+        {"layout": {"pp": 2, "ep": 2}, "model__moe": MOE, "model__tie_embeddings": False},
+        {"zero_optimization": {"stage": 2}},
+        r"stage=2 with layout\.pp=2 and layout\.ep=2: not tried together; use stage 1",
+    ),
+    (
+        "dispatcher_can_pad",
+        2,
+        {
+            "layout": {"ep": 2, "dispatcher": "allgather"},
+            "model__moe": {**MOE, "capacity_factor": 1.0, "pad_to_capacity": True},
+        },
+        None,
+        r"pad_to_capacity=true with layout\.dispatcher=allgather.*use alltoall, or pad_to_capacity=false",
+    ),
+    (
+        "dispatcher_needs_experts",
+        2,
+        {"layout__dispatcher": "allgather"},
+        None,
+        r"dispatcher=allgather with layout\.ep=1.*leave it out, or use ep > 1",
+    ),
+    (
+        "upcycling_makes_experts_of_something",
+        1,
+        {"checkpoint__upcycle": True, "model__moe": MOE},
+        None,
+        r"upcycle=true: of what\? give checkpoint\.weights_from",
+    ),
+    (
+        "muon_needs_whole_matrices",
+        1,
+        {"optimizer__type": "Muon", "optimizer__gradient_clipping": 0.0, "model__moe": MOE},
+        {"zero_optimization": {"stage": 1}},
+        r"optimizer\.type=Muon with model\.moe.*use AdamW or Lion",
     ),
     (
         "half_precision_needs_zero",
