@@ -4,11 +4,15 @@ Two accountings.  ``fused=True`` is this room's portable layers, term by term, a
 really stores.  ``fused=False`` is the paper's layer, whose attention writes its scores (Korthikanti et al.
 2022, arXiv:2205.05198, section 4).  Left out of the first: dropout inside attention on the CPU, with which
 torch 2.13 leaves the fused kernel and keeps the scores too.
+
+Experts are counted for a balanced router without dropped tokens: a rank then keeps as many rows as its own tokens
+have experts, whatever ep is.
 """
 
 from typing import Literal, NamedTuple
 
 from model_providers.config import ModelConfig
+from model_providers.moe_config import MoEConfig
 
 RecomputeMode = Literal["none", "selective", "full"]
 
@@ -31,6 +35,7 @@ class ActivationMemory(NamedTuple):
     sequence_parallel: bool
     bytes_per_value: int
     fused: bool
+    etp: int  # ranks that share an expert's matrices
 
     def embedding(self) -> float:
         """Its dropout's mask, and the token's id."""
@@ -39,8 +44,11 @@ class ActivationMemory(NamedTuple):
     def block(self, *, has_experts: bool = False) -> float:
         if self.recompute == "full":
             return self.bytes_per_value * self.model.hidden_size / self._shards()  # 2 sbh: the input alone
-        core = 0.0 if self.recompute == "selective" else self._core_attention()
-        return self._norms_and_residual() / self._shards() + (self._between_linears() + core) / self.tp
+        attention = self._latent_projections() if self.model.mla is not None else self._projections()
+        if self.recompute != "selective":
+            attention += self._core_attention()
+        mlp = self._experts() if has_experts else self._mlp(self.model.ffn_width) / self.tp
+        return self._norms_and_residual() / self._shards() + attention / self.tp + mlp
 
     def looking_ahead(self) -> float:
         """Two norms, their outputs side by side, and the norm at the end."""
@@ -73,15 +81,58 @@ class ActivationMemory(NamedTuple):
         h, mask = self.model.hidden_size, self._mask(self.model.hidden_dropout)
         return 2 * (2 * self.bytes_per_value * h + mask * h + self._statistics())
 
-    def _between_linears(self) -> float:
-        """Query, key, value, the output projection's input, and the MLP's: 24 h in the paper."""
+    def _projections(self) -> float:
+        """Query, key, value, and the output projection's input: 8 h in the paper."""
         m = self.model
-        kept = 2 * m.query_width + 2 * m.kv_width + KEPT_FFN_WIDTHS[m.activation] * m.ffn_width
+        kept = 2 * m.query_width + 2 * m.kv_width
         statistics = 0
         if m.qk_norm:  # queries and keys before the norm stay too, and each head's statistics
             kept += m.query_width + m.kv_width
             statistics = (m.num_attention_heads + m.kv_heads) * self._statistics()
         return self.bytes_per_value * kept + statistics
+
+    def _latent_projections(self) -> float:
+        """As above, and both latents before and after their norms.
+
+        Values are kept as the attention takes them, filled up to the keys' width; else with what they were split from.
+        """
+        m, mla = self.model, self.model.mla
+        assert mla is not None
+        is_filled_up = mla.v_head_dim < mla.qk_head_dim and self.recompute != "selective"
+        values = mla.qk_head_dim if is_filled_up else mla.qk_nope_head_dim + mla.v_head_dim
+        heads = self.bytes_per_value * (2 * m.query_width + m.num_attention_heads * values + m.value_width)
+        ranks = [rank for rank in (mla.q_lora_rank, mla.kv_lora_rank) if rank is not None]
+        latents = sum(2 * self.bytes_per_value * rank + self._statistics() for rank in ranks)
+        return heads + latents * self.tp / self._shards()
+
+    def _mlp(self, width: int) -> float:
+        """Between the two linears: 16 h in the paper."""
+        return float(self.bytes_per_value * KEPT_FFN_WIDTHS[self.model.activation] * width)
+
+    def _experts(self) -> float:
+        m, moe = self.model, self.model.moe
+        assert moe is not None
+        # Gated SiLU takes the router's weights along; other activations are kept before they are weighed too.
+        again = 0 if m.activation == "swiglu" else self.bytes_per_value * moe.ffn_hidden_size
+        row = self.bytes_per_value * m.hidden_size + (self._mlp(moe.ffn_hidden_size) + again) / self.etp + 4
+        rows = moe.top_k * self.etp / self.tp
+        shared = 0.0
+        if moe.shared_ffn_hidden_size:
+            shared = self._mlp(moe.shared_ffn_hidden_size) / self.tp
+            if moe.shared_gate:
+                shared += self.bytes_per_value * (m.hidden_size + 1) / self._shards()
+        return rows * row + shared + self._routing(moe) / self._shards()
+
+    def _routing(self, moe: MoEConfig) -> float:
+        """The choice and its places, scores, and what each balance loss looks at: about, but for plain softmax."""
+        scores = 4 * moe.num_experts
+        kept = scores + moe.num_experts + 20 * moe.top_k
+        if moe.score == "sigmoid" or not moe.normalize_top_k:
+            kept += scores
+        if moe.num_groups is not None and moe.group_top_k is not None:
+            kept += moe.num_experts + 8 * (moe.num_groups * (moe.top_k // moe.group_top_k) + moe.group_top_k)
+        losses = (moe.aux_loss, moe.sequence_aux_loss, moe.global_aux_loss, moe.z_loss)
+        return float(kept + scores * sum(loss > 0 for loss in losses))
 
     def _core_attention(self) -> float:
         """5 a s in the paper: scores, probabilities, a mask.  Fused: its output, a log-sum-exp for each head."""

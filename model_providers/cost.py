@@ -49,13 +49,19 @@ def layer_costs(
     attention: AttentionCount = "causal",
     recompute: RecomputeMode = "none",
     tp: int = 1,
+    etp: int | None = None,
     sequence_parallel: bool = False,
     bytes_per_value: int = 2,
     fused: bool = True,
 ) -> list[LayerCost]:
-    """Embedding, blocks, final norm, head, in the order of the plan; ``fused``: see activation_memory.py."""
+    """Embedding, blocks, final norm, head, in the order of the plan.
+
+    ``etp``: of the experts, None: as ``tp``; ``fused``: see activation_memory.py.
+    """
     sharded = sequence_parallel and tp > 1
-    memory = ActivationMemory(model, sequence_length, recompute, tp, sharded, bytes_per_value, fused)
+    memory = ActivationMemory(
+        model, sequence_length, recompute, tp, sharded, bytes_per_value, fused, tp if etp is None else etp
+    )
 
     def block(has_experts: bool) -> LayerCost:
         return LayerCost(

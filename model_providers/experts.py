@@ -17,6 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import nn
 
 from model_providers import weight_gradients
+from model_providers.fused import WeightedGatedSiLU
 from model_providers.linears import cpu_multiplies_bf16
 from model_providers.portable import GatedActivation
 
@@ -128,6 +129,7 @@ class GroupedExperts(MegatronModule):
         sizes = (num_local_experts, parts * width, config.hidden_size)
         self.linear_fc1 = ExpertLinear(config, *sizes, cut=1, stride=parts)
         self.linear_fc2 = ExpertLinear(config, num_local_experts, config.hidden_size, width, cut=2, stride=1)
+        self._is_gated_silu = config.gated_linear_unit and config.activation_func is F.silu
         self._activation = GatedActivation(config) if config.gated_linear_unit else config.activation_func
 
     def forward(
@@ -137,6 +139,10 @@ class GroupedExperts(MegatronModule):
         probs: torch.Tensor,  # [t], the router's weight of each
     ) -> tuple[torch.Tensor, None]:
         counts = tokens_per_expert.tolist()
-        middle = self._activation(self.linear_fc1(tokens, counts))  # [t f]
-        middle = (middle * probs.unsqueeze(-1)).to(middle.dtype)
+        middle = self._weighted(self.linear_fc1(tokens, counts), probs)  # [t f]
         return self.linear_fc2(middle, counts), None
+
+    def _weighted(self, x: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+        if self._is_gated_silu:
+            return WeightedGatedSiLU.apply(x, probs)
+        return (self._activation(x) * probs.unsqueeze(-1)).to(x.dtype)

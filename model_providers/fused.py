@@ -58,6 +58,30 @@ class GatedSiLU(torch.autograd.Function):
         return grad_x
 
 
+class WeightedGatedSiLU(torch.autograd.Function):
+    """[t 2f] x [t] -> [t f]: gated SiLU times each token's weight, which an expert's share of the output is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up).mul_(weight.unsqueeze(-1))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        gate, up = x.chunk(2, dim=-1)
+        active = F.silu(gate)
+        grad_x = torch.empty_like(x)
+        grad_gate, grad_up = grad_x.chunk(2, dim=-1)
+        torch.mul(grad, active, out=grad_up)
+        grad_weight = torch.linalg.vecdot(grad_up.to(weight.dtype), up.to(weight.dtype))
+        column = weight.unsqueeze(-1).to(grad.dtype)
+        grad_up.mul_(column)
+        torch.ops.aten.silu_backward.grad_input((grad * up).mul_(column), gate, grad_input=grad_gate)
+        return grad_x, grad_weight
+
+
 class SplitHeads(torch.autograd.Function):
     """[s b g (r+2) d] -> query [s b g*r d], key and value [s b g d], query and key rotated.
 

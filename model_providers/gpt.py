@@ -60,6 +60,7 @@ def build_plan(
         sequence_length,
         recompute=recompute.mode,
         tp=layout.tp,
+        etp=layout.expert_tp,
         sequence_parallel=layout.shards_sequence,
         bytes_per_value=params_dtype.itemsize,
     )

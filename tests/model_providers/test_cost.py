@@ -16,7 +16,11 @@ from model_providers.cost import (
 from model_providers.errors import ModelError
 from model_providers.layer_plan import Recompute
 from model_providers.presets import get_preset
+from model_providers.random_streams import seed_streams
 from tests.model_providers.plans import build, gpt2_like, llama_like
+
+MOE = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 16}
+LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
 
 MIXES = {
     "llama": llama_like(),
@@ -28,10 +32,33 @@ MIXES = {
     ),
     "derived ffn, no positions": llama_like(ffn_hidden_size=None, position_embedding="none"),
     "derived plain ffn, unpadded": gpt2_like(ffn_hidden_size=None, pad_vocab_to_multiple_of=1),
+    "experts": llama_like(moe=MOE),
+    "latent": llama_like(num_kv_heads=None, mla=LATENT),
+    "latent queries too": llama_like(num_kv_heads=None, mla=LATENT | {"q_lora_rank": 24}),
+    "gelu experts": gpt2_like(moe=MOE, linear_bias=False),
+}
+
+# Whose routers keep a little more or less than is planned.
+MIXES_IN_ROUTING = {
+    "gated shared experts": llama_like(
+        moe=MOE | {"shared_ffn_hidden_size": 24, "shared_gate": True, "aux_loss": 0.1}
+    ),
+    "grouped sigmoid": llama_like(
+        moe=MOE | {"score": "sigmoid", "bias_update_rate": 0.1, "num_groups": 2, "group_top_k": 1}
+    ),
+    "all losses": llama_like(
+        moe=MOE | {"aux_loss": 0.1, "sequence_aux_loss": 0.1, "global_aux_loss": 0.1, "z_loss": 0.1}
+    ),
+    "a deep one": llama_like(
+        num_kv_heads=None,
+        mla=LATENT,
+        moe=MOE | {"first_dense": 1, "shared_ffn_hidden_size": 24},
+        mtp={"depth": 2},
+    ),
 }
 
 
-@pytest.mark.parametrize("model", MIXES.values(), ids=MIXES)
+@pytest.mark.parametrize("model", (MIXES | MIXES_IN_ROUTING).values(), ids=MIXES | MIXES_IN_ROUTING)
 def test_parameters_are_those_of_the_built_model(model: ModelConfig) -> None:
     built = build(model)
     assert sum(parameter.numel() for parameter in built.layers.parameters()) == parameters(model)
@@ -94,8 +121,11 @@ STORED = {
 }
 
 
-def stored_bytes_per_token(model: ModelConfig, dtype: torch.dtype, recompute: Any) -> tuple[float, float]:
+def stored_bytes_per_token(
+    model: ModelConfig, dtype: torch.dtype, recompute: Any, name: str = "layers/0"
+) -> tuple[float, float]:
     """Found in autograd's graph of one block, and as planned."""
+    seed_streams(1)
     length, size = 32, 2
     built = build(model, sequence_length=length, params_dtype=dtype, recompute=Recompute(recompute))
     weights = {parameter.data_ptr() for parameter in built.layers.parameters()}
@@ -111,9 +141,10 @@ def stored_bytes_per_token(model: ModelConfig, dtype: torch.dtype, recompute: An
 
     hidden = torch.randn(length, size, model.hidden_size, dtype=dtype, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = built.layers["layers/0"](hidden)
+        output = built.layers[name](hidden)
     assert output.requires_grad
-    return sum(stored.values()) / (length * size), built.plan.layers[1].cost.activation_bytes_per_token
+    planned = next(layer.cost for layer in built.plan.layers if layer.name == name.replace("/", "."))
+    return sum(stored.values()) / (length * size), planned.activation_bytes_per_token
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])
@@ -124,6 +155,29 @@ def test_activation_bytes_are_what_autograd_stores(
 ) -> None:
     found, planned = stored_bytes_per_token(model, dtype, recompute)
     assert found == planned
+
+
+@pytest.mark.parametrize("model", MIXES_IN_ROUTING.values(), ids=MIXES_IN_ROUTING)
+def test_activation_bytes_of_routers_are_about_what_autograd_stores(model: ModelConfig) -> None:
+    found, planned = stored_bytes_per_token(model, torch.float32, "none", "layers/1")
+    assert planned == pytest.approx(found, rel=0.03)
+
+
+def test_experts_keep_what_their_rows_need_whatever_the_layout() -> None:
+    """Per token of the whole sequence: experts cut like the rest, or whole on fewer tokens."""
+    model = get_preset("mixtral-8x7b")
+
+    def experts(**layout: Any) -> float:
+        with_them, without = (
+            layer_costs(m, 4096, sequence_parallel=True, **layout)[1].activation_bytes_per_token
+            for m in (model, model.model_copy(update={"moe": None, "ffn_hidden_size": 1024}))
+        )
+        return with_them - without + 2 * 3 * 1024 / layout["tp"]
+
+    rows, routing = 2, 8 * 4 * 2 + 8 + 20 * 2  # scores, and once more for the auxiliary loss
+    assert experts(tp=1) == rows * (2 * (4096 + 3 * 14336) + 4) + routing
+    assert experts(tp=4, etp=1) == experts(tp=1) / 4
+    assert experts(tp=4) == rows * (2 * (4096 + 3 * 14336 / 4) + 4) + routing / 4
 
 
 def test_activation_bytes_of_normalised_heads_may_be_a_query_too_many() -> None:

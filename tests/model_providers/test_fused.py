@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from model_providers.fused import GatedSiLU, RMSNorm, SplitHeads
+from model_providers.fused import GatedSiLU, RMSNorm, SplitHeads, WeightedGatedSiLU
 from model_providers.rotary import RotaryTable, Rotate
 from tests.model_providers.plans import llama_like
 
@@ -40,6 +40,22 @@ def test_gated_silu_equals_its_plain_spelling() -> None:
     gate, up = x.chunk(2, dim=-1)
     torch.testing.assert_close(GatedSiLU.apply(x), F.silu(gate) * up)
     assert gradcheck(GatedSiLU.apply, (x,))
+
+
+def test_weighted_gated_silu_equals_its_plain_spelling() -> None:
+    x, weight = double(5, 10), double(5)
+    torch.testing.assert_close(WeightedGatedSiLU.apply(x, weight), GatedSiLU.apply(x) * weight.unsqueeze(-1))
+    assert gradcheck(WeightedGatedSiLU.apply, (x, weight))
+
+
+def test_weights_of_bf16_tokens_stay_fp32() -> None:
+    x, weight = double(64, 32).detach().bfloat16().requires_grad_(), torch.rand(64, requires_grad=True)
+    exact = GatedSiLU.apply(x.detach().float()) * weight.detach().unsqueeze(-1)
+    found = WeightedGatedSiLU.apply(x, weight)
+    torch.testing.assert_close(found, exact.bfloat16(), rtol=2e-2, atol=1e-3)
+    found.float().square().sum().backward()
+    assert x.grad is not None and x.grad.dtype == torch.bfloat16
+    assert weight.grad is not None and weight.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
