@@ -5,6 +5,7 @@ shrunken model (model.num_layers=2 model.hidden_size=...) to check a layout befo
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -14,8 +15,9 @@ from launch.devices import num_gpus
 from launch.env import rank_environment
 from launch.local import run_ranks
 from launch.run import checked, positive
-
-ONE_PROCESS = ("layout.tp=1", "layout.pp=1", "layout.sequence_parallel=false", "layout.partition=cost")
+from pretrain.config import LayoutConfig
+from pretrain.config_io import Run
+from pretrain.nested import leaves
 
 
 def main(argv: list[str]) -> None:
@@ -23,12 +25,7 @@ def main(argv: list[str]) -> None:
     words = parser().parse_intermixed_args(argv)
     num_ranks = words.ranks or max(1, num_gpus())
     run = checked(words.run, words.words, num_ranks=num_ranks, deepspeed_config=words.deepspeed_config)
-    reference = [
-        *words.words,
-        *ONE_PROCESS,
-        "batch.accumulation_steps=null",
-        f"batch.global_size={run.global_size}",
-    ]
+    reference = [*words.words, *one_process(run)]
     reference_json = "zero0.json" if run.config.precision.dtype == "fp32" else "zero1.json"
     checked(words.run, reference, num_ranks=1, deepspeed_config=reference_json)
     with tempfile.TemporaryDirectory(prefix="megaloom-parity-") as folder:
@@ -39,6 +36,13 @@ def main(argv: list[str]) -> None:
         print(f"{words.steps} steps on {num_ranks} ranks", flush=True)
         _record(words, many, [*words.words, *own_json], num_ranks=num_ranks)
         sys.exit(_compare(many, one, words.tolerance))
+
+
+def one_process(run: Run) -> list[str]:
+    """The layout's defaults, and the same micro-batches in a row: experts are balanced within each."""
+    batch = {"global_size": run.global_size, "micro_size": run.micro_size, "accumulation_steps": None}
+    facts = {"layout": LayoutConfig().model_dump(), "batch": batch}
+    return [f"{key}={json.dumps(value)}" for key, value in leaves(facts)]
 
 
 def parser() -> argparse.ArgumentParser:

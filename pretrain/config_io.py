@@ -231,9 +231,16 @@ def _facts(config: RunConfig, layout: Layout, batch: "config_rules.BatchSizes") 
         folder=str(Path(config.out) / config.name),
         nvme_path=config.nvme_path,
         hidden_size=config.model.hidden_size,
-        parameters_per_rank=parameters(config.model) // (layout.tp * layout.pp),
+        parameters_per_rank=parameters_per_rank(config.model, layout),
         largest_shard=largest_shard(config.model, layout),
     )
+
+
+def parameters_per_rank(model: ModelConfig, layout: Layout) -> int:
+    """On average over the stages, before ZeRO divides them."""
+    experts = sum(cost.expert_parameters for cost in layer_costs(model, 1))
+    dense = (parameters(model) - experts) // layout.tp
+    return (dense + experts // (layout.ep * layout.expert_tp)) // layout.pp
 
 
 def largest_shard(model: ModelConfig, layout: Layout) -> int:
@@ -244,7 +251,12 @@ def largest_shard(model: ModelConfig, layout: Layout) -> int:
         model.query_width + 2 * model.kv_width,
         model.ffn_width * (2 if model.is_gated else 1),
     )
-    return -(-rows * width // (layout.tp * layout.dp * SHARD_ALIGNMENT)) * SHARD_ALIGNMENT
+    shares = [(rows * width, layout.tp * layout.dp)]
+    if model.moe is not None:
+        experts = model.moe.num_experts * model.moe.ffn_hidden_size * (2 if model.is_gated else 1) * width
+        copies = layout.expert_dp if layout.ep > 1 else layout.dp  # that ZeRO knows of
+        shares.append((experts, layout.ep * layout.expert_tp * copies))
+    return max(-(-size // (parts * SHARD_ALIGNMENT)) * SHARD_ALIGNMENT for size, parts in shares)
 
 
 def _told_together(faults: Sequence[str]) -> str:
