@@ -167,6 +167,12 @@ def _expand_preset(raw: dict[str, Any], origins: dict[str, str]) -> None:
         preset = get_preset(name).model_dump()
     except ModelError as fault:
         raise RunError(f"model.{fault}") from None
+    for (
+        key,
+        value,
+    ) in stated.items():  # a part's own keys go before the preset's; another kind is another part
+        if isinstance(value, dict) and isinstance(preset.get(key), dict) and "kind" not in value:
+            stated[key] = {**preset[key], **value}
     raw["model"] = {**preset, **stated}
     origins.pop("model.preset", None)
     for key in preset:

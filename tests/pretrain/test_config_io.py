@@ -32,6 +32,19 @@ def test_words_go_before_the_file_and_the_file_before_the_preset(
     assert origin(run, "train.seed") == "default"
 
 
+def test_a_part_of_the_preset_may_be_changed_in_part(corpus: str, out: Path, tmp_path: Path) -> None:
+    preset = {"preset": "tiny-moe", "vocab_size": 257}
+    path = write(tmp_path, tiny(corpus, out, model=preset | {"moe": {"aux_loss": 0.5}}))
+    run = load_run(path, ["model.moe.top_k=3"], world_size=1)
+    moe = run.config.model.moe
+    assert moe is not None
+    assert (moe.num_experts, moe.top_k, moe.aux_loss) == (4, 3, 0.5)
+    assert origin(run, "model.moe.top_k") == "command line"
+    assert origin(run, "model.moe.aux_loss") == "run.yaml"
+    assert origin(run, "model.moe.num_experts") == "preset tiny-moe"
+    assert load_run(path, ["model.moe=null"], world_size=1).config.model.moe is None
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
