@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import OneProcess
 from tests.parity.record import record_raw
 from tests.parity.test_layouts import assert_same
-from tests.ranks import RankPool
+from tests.ranks import RankError, RankPool
 from tests.runs import tiny
 
 STEPS = 5
@@ -199,3 +199,29 @@ def test_layout_computes_what_one_process_does(
     raw = tiny(corpus, out, **model, **cell.changes())
     trace = ranks.run(record_raw, cell.world_size, raw, STEPS)[0]
     assert_same(trace, one_process(STEPS, **model))
+
+
+def record_on_two_machines(raw: dict[str, Any], steps: int) -> Any:
+    """As the launcher tells ranks 0 and 1 on one machine, 2 and 3 on another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_WORLD_SIZE", "2")
+        return record_raw(raw, steps)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("tensor", [{}, {"tp": 2, "sequence_parallel": True, "etp": 1}], ids=["dp", "tp"])
+def test_tokens_that_go_inside_the_machine_first_come_to_the_same(
+    ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, tensor: dict[str, Any]
+) -> None:
+    model = {"model__moe": MOE}
+    raw = tiny(corpus, out, **model, layout={"ep": 4, "dispatcher": "hierarchical", **tensor})
+    assert_same(ranks.run(record_on_two_machines, 4, raw, STEPS)[0], one_process(STEPS, **model))
+
+
+@pytest.mark.ranks
+def test_a_single_machine_has_no_inside(ranks: RankPool, corpus: str, out: Path) -> None:
+    raw = tiny(corpus, out, model__moe=MOE, layout={"ep": 2, "dispatcher": "hierarchical"})
+    with pytest.raises(
+        RankError, match=r"layout\.dispatcher=hierarchical: the layout\.ep=2 ranks.*use alltoall"
+    ):
+        ranks.run(record_raw, 2, raw, 1)
