@@ -62,8 +62,8 @@ format: $(VENV)/.installed-dev  ## put the code into shape
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.installed-dev  ## the published figures, measured here
-	$(BIN)/python benchmarks/throughput.py
-	$(BIN)/python benchmarks/data.py
+	$(BIN)/python -m benchmarks.throughput
+	$(BIN)/python -m benchmarks.data
 
 clean:  ## remove what the demo and the tests made
 	rm -rf $(DEMO) runs_out .mypy_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
 """How fast text becomes tokens and tokens become batches, against the plainest code that does the same.
 
-    python benchmarks/data.py [--text-mb 8] [--repeats 5] [--need-samples-per-s 40]
+    python -m benchmarks.data [--text-mb 8] [--repeats 5] [--need-samples-per-s 40]
 
 `prepare` is compared per worker with a loop over the same tokenizer on one core (two ways to write that loop; the
 ratio is to the faster), on the Python standard library's sources as JSON lines.  Its time includes starting

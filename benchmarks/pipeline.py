@@ -4,13 +4,13 @@ Sleeping layers let two cores stand for many ranks: what is measured is the engi
 ranks, real engines: ours with each schedule, DeepSpeed's own, and torch.distributed.pipelining, one after the
 other in one pool of processes; medians of a few steps.
 
-    python benchmarks/pipeline.py                              # 4 ranks, 8 micro-batches, 8 layers of 50 + 50 + 50 ms
-    python benchmarks/pipeline.py --link-ms 20                 # every message takes 20 ms
-    python benchmarks/pipeline.py --jitter 0.4 | --slow 3:2    # uneven times | layer 3 takes twice as long
-    python benchmarks/pipeline.py --numel 8388608              # activations of 32 MB
-    python benchmarks/pipeline.py --pp 8 --micro-batches 16 --layers 16
-    python benchmarks/pipeline.py --layer-ms 0                 # nothing but the engines' own work
-    python benchmarks/pipeline.py --pp 2 --dp 2 --reduce-ms 200   # two copies; a chunk's gradients take 200 ms to sum
+    python -m benchmarks.pipeline                              # 4 ranks, 8 micro-batches, 8 layers of 50 + 50 + 50 ms
+    python -m benchmarks.pipeline --link-ms 20                 # every message takes 20 ms
+    python -m benchmarks.pipeline --jitter 0.4 | --slow 3:2    # uneven times | layer 3 takes twice as long
+    python -m benchmarks.pipeline --numel 8388608              # activations of 32 MB
+    python -m benchmarks.pipeline --pp 8 --micro-batches 16 --layers 16
+    python -m benchmarks.pipeline --layer-ms 0                 # nothing but the engines' own work
+    python -m benchmarks.pipeline --pp 2 --dp 2 --reduce-ms 200   # two copies; a chunk's gradients take 200 ms to sum
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """From the command to the first step: seconds of each part, each in a fresh process, medians.
 
-    python benchmarks/startup.py [--repeats 5]
+    python -m benchmarks.startup [--repeats 5]
 
 A library's own import is the floor that a run cannot go below; "ours" is what Megaloom adds to it.
 """

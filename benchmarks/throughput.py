@@ -4,8 +4,8 @@ One process, one run, contenders interleaved so that a noisy machine is noisy to
 shape, batch, optimizer (torch's fused AdamW) and clipping for all; both DeepSpeed contenders have the same JSON.
 The plain loop keeps bf16 weights without fp32 master weights, which is less work than the others do.
 
-    python benchmarks/throughput.py                 # both shapes, fp32 and bf16
-    python benchmarks/throughput.py --compile       # also with torch.compile on every contender
+    python -m benchmarks.throughput                 # both shapes, fp32 and bf16
+    python -m benchmarks.throughput --compile       # also with torch.compile on every contender
 """
 
 import argparse
@@ -16,7 +16,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 # ranks of a world of one; the launcher sets these otherwise
@@ -169,8 +170,7 @@ def hugging_face(shape: Shape) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def hugging_face_under_deepspeed(shape: Shape, dtype: str, compiled: bool) -> Step:
-    model = hugging_face(shape)
+def under_deepspeed(model: torch.nn.Module, shape: Shape, dtype: str, compiled: bool) -> Step:
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=decayed_and_not(model), config=deepspeed_json(shape, dtype)
     )
@@ -186,8 +186,8 @@ def hugging_face_under_deepspeed(shape: Shape, dtype: str, compiled: bool) -> St
     return step
 
 
-def plain_loop(shape: Shape, dtype: str, compiled: bool) -> Step:
-    model = hugging_face(shape).to(device_of_this_rank(), DTYPES[dtype])
+def plain_loop(model: torch.nn.Module, shape: Shape, dtype: str, compiled: bool) -> Step:
+    model = model.to(device_of_this_rank(), DTYPES[dtype])
     optimizer = torch.optim.AdamW(decayed_and_not(model), lr=LR, betas=(0.9, 0.95), fused=True)
     if compiled:
         model.compile()
@@ -209,11 +209,12 @@ def decayed_and_not(model: torch.nn.Module) -> list[dict[str, object]]:
     return [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
 
 
-CONTENDERS: dict[str, Callable[[Shape, str, bool], Step]] = {
-    "Megaloom": ours,
-    "Hugging Face + DeepSpeed": hugging_face_under_deepspeed,
-    "Hugging Face, plain loop": plain_loop,
-}
+def contenders(shape: Shape, dtype: str, compiled: bool) -> dict[str, Step]:
+    return {
+        "Megaloom": ours(shape, dtype, compiled),
+        "Hugging Face + DeepSpeed": under_deepspeed(hugging_face(shape), shape, dtype, compiled),
+        "Hugging Face, plain loop": plain_loop(hugging_face(shape), shape, dtype, compiled),
+    }
 
 
 def seconds(step: Step) -> float:
@@ -223,9 +224,8 @@ def seconds(step: Step) -> float:
     return time.perf_counter() - started_s
 
 
-def measure(shape: Shape, dtype: str, *, repeats: int, compiled: bool) -> dict[str, float]:
+def measure(steps: dict[str, Step], *, repeats: int) -> dict[str, float]:
     """Median seconds per step of each contender; each round steps all of them once, in turn."""
-    steps = {name: make(shape, dtype, compiled) for name, make in CONTENDERS.items()}
     for step in steps.values():
         for _ in range(3):
             step()
@@ -233,9 +233,21 @@ def measure(shape: Shape, dtype: str, *, repeats: int, compiled: bool) -> dict[s
     for _ in range(repeats):
         for name, step in steps.items():
             times[name].append(seconds(step))
-    del steps
-    gc.collect()
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+@contextmanager
+def world_of_one() -> Iterator[None]:
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group(
+            get_accelerator().communication_backend_name(),
+            init_method=f"file://{folder}/store",
+            rank=0,
+            world_size=1,
+        )
+        start(0)
+        yield
+        dist.destroy_process_group()
 
 
 def main() -> None:
@@ -249,21 +261,14 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     words = parser.parse_args()
     torch.set_num_threads(words.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group(
-            get_accelerator().communication_backend_name(),
-            init_method=f"file://{folder}/store",
-            rank=0,
-            world_size=1,
-        )
-        start(0)
+    with world_of_one():
         console = Console(width=None if sys.stdout.isatty() else 120)
         for shape in [{"small": SMALL, "large": LARGE}[name] for name in words.shapes]:
             for dtype in words.dtypes:
                 for compiled in (False, True) if words.compile else (False,):
-                    medians = measure(shape, dtype, repeats=words.repeats, compiled=compiled)
+                    medians = measure(contenders(shape, dtype, compiled), repeats=words.repeats)
+                    gc.collect()
                     console.print(table(shape, dtype, medians, compiled=compiled))
-        dist.destroy_process_group()
 
 
 def table(shape: Shape, dtype: str, medians: dict[str, float], *, compiled: bool) -> Table:

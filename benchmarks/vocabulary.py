@@ -4,7 +4,7 @@ The times of a block, the embedding and the head are measured here for each voca
 them.  "Balanced" is what Vocabulary Parallelism (Yeung et al. 2024, arXiv:2411.05288) aims at: the head's and the
 embedding's work shared evenly by all stages.
 
-    python benchmarks/vocabulary.py [--stages 4] [--layers 24] [--micro-batches 16]
+    python -m benchmarks.vocabulary [--stages 4] [--layers 24] [--micro-batches 16]
 """
 
 import argparse

@@ -38,6 +38,8 @@ COMMANDS = {
         "launch.parity", "train a run file's model in its layout and in one process, and compare"
     ),
     "generate": Command("launch.generate", "continue a prompt from a checkpoint"),
+    "export": Command("launch.export", "a checkpoint, as a folder that transformers opens"),
+    "import": Command("launch.import_weights", "such a folder, as a checkpoint that a run begins from"),
     "config": Command(
         "pretrain.show_config", "print a run's resolved configuration and where each value comes from"
     ),

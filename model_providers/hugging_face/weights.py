@@ -19,14 +19,20 @@ ENTRIES: dict[Family, Callable[[ModelConfig], Iterator[Entry]]] = {
 }
 
 
+def entries_of(model: ModelConfig) -> Iterator[Entry]:
+    """Every parameter of ours, and what it is made of there."""
+    return ENTRIES[family(model)](model)
+
+
+def their_name(name: str, model: ModelConfig) -> str:
+    """A name in one of their files; GPT-2's published ones have it with and without "transformer." in front."""
+    return f"transformer.{name.removeprefix('transformer.')}" if family(model) == "gpt2" else name
+
+
 def weights_from_hugging_face(weights: Weights, model: ModelConfig) -> dict[str, torch.Tensor]:
     """Their tensors, under the names of their files, to ours; what is tied appears under all of its names."""
-    kind = family(model)
-    if kind == "gpt2":  # published files have the names with and without "transformer." in front
-        weights = {
-            f"transformer.{name.removeprefix('transformer.')}": tensor for name, tensor in weights.items()
-        }
-    ours = entries.read(ENTRIES[kind](model), weights, model)
+    weights = {their_name(name, model): tensor for name, tensor in weights.items()}
+    ours = entries.read(entries_of(model), weights, model)
     if model.tie_embeddings:
         ours[HEAD] = ours[WORDS]
     for depth in range(model.mtp.depth if model.mtp is not None else 0):
@@ -36,4 +42,4 @@ def weights_from_hugging_face(weights: Weights, model: ModelConfig) -> dict[str,
 
 def weights_to_hugging_face(weights: Weights, model: ModelConfig) -> dict[str, torch.Tensor]:
     """Our whole tensors to theirs, as transformers saves them: a tied head is left out."""
-    return entries.write(ENTRIES[family(model)](model), weights, model)
+    return entries.write(entries_of(model), weights, model)

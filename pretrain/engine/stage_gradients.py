@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
-from pretrain.engine.averaging import Averages, FinishedChunks
+from pretrain.engine.averaging import Averages, FinishedChunks, is_plain_average
 from pretrain.engine.fillers import fillers
 from pretrain.engine.groups import Groups
 
@@ -43,8 +43,7 @@ class StageGradients(PipelineEngine):
         DeepSpeed's ZeRO optimizers shard, convert or offload gradients while they reduce them, and it scales them
         on the way if its configuration says so: then it has to do the work itself, after the last operation.
         """
-        is_plain = self.postscale_gradients() and self.gradient_predivide_factor() == 1.0
-        if self._shards_gradients or not is_plain:
+        if self._shards_gradients or not is_plain_average(self):
             return False
         if self.zero_optimization() and not self.using_bf16_optimizer:
             optimizer = self.optimizer

@@ -19,6 +19,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from model_providers.router import Router
 from pretrain.config import OptimizerConfig
 from pretrain.engine import experts
+from pretrain.engine.averaging import average, is_plain_average
 from pretrain.engine.fillers import fill
 from pretrain.engine.groups import Groups
 from pretrain.engine.layers import tied_names
@@ -77,6 +78,19 @@ class StepControl(DeepSpeedEngine):
 
     def clip_fp32_gradients(self) -> None:
         """Done in `_take_model_step`, with the right norm."""
+
+    def allreduce_no_retain(
+        self,
+        bucket: Sequence[torch.Tensor],
+        dp_group: dist.ProcessGroup,
+        numel_per_bucket: int = 500_000_000,
+        dp_world_size: int | None = None,
+    ) -> None:
+        """Average gradients where they are: DeepSpeed copies all of them into new memory and back, for one rank too."""
+        if is_plain_average(self) and all(one.dtype == self.communication_data_type for one in bucket):
+            average(bucket, dp_group, dp_world_size or dist.get_world_size(dp_group))
+        else:
+            super().allreduce_no_retain(bucket, dp_group, numel_per_bucket, dp_world_size)
 
     @contextmanager
     def in_plain_files(self) -> Iterator[None]:
