@@ -6,12 +6,15 @@ from collections.abc import Sequence
 
 from data_tools.blend import Blend
 from data_tools.gpt_dataset import GPTDataset, Sample
+from data_tools.piece_dataset import PieceDataset
+
+Dataset = GPTDataset | PieceDataset
 
 
 class BlendedDataset:
     """Datasets in proportion to ``weights``."""
 
-    def __init__(self, datasets: Sequence[GPTDataset], weights: Sequence[float]):
+    def __init__(self, datasets: Sequence[Dataset], weights: Sequence[float]):
         self.datasets, self.weights = list(datasets), list(weights)
         self.blend = Blend(weights)
         self.sequence_length = self.datasets[0].sequence_length
@@ -20,6 +23,11 @@ class BlendedDataset:
         """Sample ``number`` of the blend; it depends on nothing but the facts in `fingerprint`."""
         which, within = self.blend.locate(number)
         return self.datasets[which].sample(within)
+
+    def source_of(self, number: int) -> tuple[Dataset, int]:
+        """The dataset that gives sample ``number``, and its number there."""
+        which, within = self.blend.locate(number)
+        return self.datasets[which], within
 
     def num_distinct_samples(self) -> int:
         """How many samples there are before the first corpus of the blend begins to repeat."""

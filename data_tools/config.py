@@ -15,6 +15,8 @@ from pydantic import (
     model_validator,
 )
 
+from data_tools.objectives import Objective
+
 SPLIT_PARTS = ("train", "valid", "test")
 VALID_FROM_SPLIT, TEST_FROM_SPLIT = "valid", "test"
 
@@ -77,6 +79,7 @@ class DataConfig(BaseModel):
     )
     tokenizer: str | None = None  # None: the one that the corpora's manifests carry
     sequence_length: int = Field(gt=0)
+    objective: Objective | None = None  # None: the next token
     documents: Literal["plain", "reset"] = "plain"  # reset: attention and positions restart at each document
     mask_boundary_loss: bool = (
         False  # no loss where a document's last token would predict the next one's first

@@ -17,6 +17,7 @@ import numpy as np
 from data_tools import packing
 from data_tools.blended_dataset import BlendedDataset
 from data_tools.errors import DataError
+from data_tools.masked_batches import MaskedBatch, MaskedBatches
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,9 @@ class GPTBatch:
     labels: np.ndarray  # int64 [b s], the token after each
     segments: np.ndarray | None  # int32 [b s], None unless attention restarts at documents
     loss_mask: np.ndarray | None  # bool [b s], None where every token counts
+
+
+Batch = GPTBatch | MaskedBatch
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,17 @@ class SampleSource:
     """A blend of corpora, and how its samples become batches."""
 
     def __init__(
-        self, name: str, dataset: BlendedDataset, *, reset_at_documents: bool, mask_boundary_loss: bool
+        self,
+        name: str,
+        dataset: BlendedDataset,
+        *,
+        reset_at_documents: bool,
+        mask_boundary_loss: bool,
+        masked: MaskedBatches | None = None,
     ):
         self.name, self.dataset = name, dataset
         self._reset_at_documents, self._mask_boundary_loss = reset_at_documents, mask_boundary_loss
+        self._masked = masked
 
     def loader(self, shape: StepShape, *, consumed_samples: int = 0) -> "SampleLoader":
         """An endless loader for training."""
@@ -79,10 +90,13 @@ class SampleSource:
 
     def batch(
         self, numbers: Sequence[int], *, num_samples: int | None = None, with_mask: bool = False
-    ) -> GPTBatch:
+    ) -> Batch:
         """The samples of these numbers; those from ``num_samples`` on are fillers that do not count."""
         length = self.dataset.sequence_length
         real = [num_samples is None or number < num_samples for number in numbers]
+        if self._masked is not None:
+            there = [number if counts else 0 for number, counts in zip(numbers, real, strict=True)]
+            return self._masked.batch(self.dataset, there, real)
         samples = [
             self.dataset.sample(number if counts else 0) for number, counts in zip(numbers, real, strict=True)
         ]
@@ -119,12 +133,12 @@ class SampleLoader:
         self._source, self._shape = source, shape
         self._with_mask = num_samples is not None and bool(num_samples % shape.samples_per_step)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"data-{source.name}")
-        self._next: Future[list[GPTBatch]] | None = None
+        self._next: Future[list[Batch]] | None = None
 
-    def __iter__(self) -> Iterator[list[GPTBatch]]:
+    def __iter__(self) -> Iterator[list[Batch]]:
         return self
 
-    def __next__(self) -> list[GPTBatch]:
+    def __next__(self) -> list[Batch]:
         """The step at ``consumed_samples``, which then moves on."""
         if self._is_finished():
             self.close()
@@ -148,10 +162,10 @@ class SampleLoader:
     def _is_finished(self) -> bool:
         return self.num_samples is not None and self.consumed_samples >= self.num_samples
 
-    def _submit(self) -> Future[list[GPTBatch]]:
+    def _submit(self) -> Future[list[Batch]]:
         return self._thread.submit(self._read, self.consumed_samples)
 
-    def _read(self, consumed_samples: int) -> list[GPTBatch]:
+    def _read(self, consumed_samples: int) -> list[Batch]:
         return [
             self._source.batch(numbers, num_samples=self.num_samples, with_mask=self._with_mask)
             for numbers in self._shape.numbers(consumed_samples)

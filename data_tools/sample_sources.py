@@ -6,14 +6,21 @@ the same ones; a text is never cut between training and validation.
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from data_tools.blended_dataset import BlendedDataset
+from data_tools.blended_dataset import BlendedDataset, Dataset
 from data_tools.config import SPLIT_PARTS, CorpusRef, DataConfig, parse_split
 from data_tools.corpus import Corpus
 from data_tools.errors import DataError
 from data_tools.gpt_dataset import GPTDataset
 from data_tools.index_cache import IndexCache
 from data_tools.loader import SampleSource
+from data_tools.masked_batches import NUM_SPECIAL, MaskedBatches
+from data_tools.objectives import MaskedLM
+from data_tools.piece_dataset import PieceDataset
+from data_tools.special_tokens import special_tokens
+from data_tools.tokenizer import Tokenizer
+from data_tools.words import WordTable
 
 logger = logging.getLogger(__name__)
 
@@ -22,14 +29,23 @@ WHOLE = (0.0, 1.0)
 # Runs that differ in their seed are compared on the same evaluation samples.
 EVALUATION_SEED = 0
 
-Datasets = list[tuple[CorpusRef, GPTDataset]]
+Datasets = list[tuple[CorpusRef, Dataset]]
 
 
 class SourceMaker:
     """Makes the sources of one run."""
 
-    def __init__(self, config: DataConfig, corpora: Mapping[str, Corpus], *, cache: IndexCache):
+    def __init__(
+        self,
+        config: DataConfig,
+        corpora: Mapping[str, Corpus],
+        *,
+        cache: IndexCache,
+        tokenizer: Tokenizer | None = None,
+    ):
+        """``tokenizer``: needed by objectives other than the next token."""
         self._config, self._corpora, self._cache = config, corpora, cache
+        self._tokenizer = tokenizer
 
     def train(self) -> SampleSource:
         datasets = self._datasets(self._config.train, bounds=self._bounds(TRAIN), seed=self._config.seed)
@@ -58,6 +74,20 @@ class SourceMaker:
             blend,
             reset_at_documents=self._config.documents == "reset",
             mask_boundary_loss=self._config.mask_boundary_loss,
+            masked=self._masked(self._config.seed if name == TRAIN else EVALUATION_SEED),
+        )
+
+    def _masked(self, seed: int) -> MaskedBatches | None:
+        objective, tokenizer = self._config.objective, self._tokenizer
+        if not isinstance(objective, MaskedLM):
+            return None
+        assert tokenizer is not None
+        return MaskedBatches(
+            objective,
+            special_tokens(tokenizer, objective),
+            WordTable(tokenizer),
+            length=self._config.sequence_length,
+            seed=seed,
         )
 
     def _datasets(self, refs: Sequence[CorpusRef], *, bounds: tuple[float, float], seed: int) -> Datasets:
@@ -65,12 +95,19 @@ class SourceMaker:
             (ref, self._dataset(self._corpora[ref.path], bounds, seed=seed)) for ref in refs if ref.weight
         ]
 
-    def _dataset(self, corpus: Corpus, bounds: tuple[float, float], *, seed: int) -> GPTDataset:
+    def _dataset(self, corpus: Corpus, bounds: tuple[float, float], *, seed: int) -> Dataset:
         # Rounded as in megatron/core/datasets/blended_megatron_dataset_builder.py.
         first, last = (round(bound * corpus.index.num_documents) for bound in bounds)
-        length = self._config.sequence_length
-        return GPTDataset(
-            corpus, sequence_length=length, seed=seed, first=first, last=last, cache=self._cache
+        length, objective = self._config.sequence_length, self._config.objective
+        part: dict[str, Any] = {"seed": seed, "first": first, "last": last, "cache": self._cache}
+        if not isinstance(objective, MaskedLM):
+            return GPTDataset(corpus, sequence_length=length, **part)
+        text = length - NUM_SPECIAL[objective.second_task]
+        if objective.second_task == "none":
+            return GPTDataset(corpus, sequence_length=text, **part)
+        assert self._tokenizer is not None
+        return PieceDataset(
+            corpus, sequence_length=text, end_of_document=self._tokenizer.end_of_document, **part
         )
 
 
@@ -94,7 +131,7 @@ def _those_with_samples(part: str, datasets: Datasets, *, split: str) -> Dataset
     return kept
 
 
-def _nothing_held_out(part: str, datasets: list[GPTDataset], *, split: str) -> str:
+def _nothing_held_out(part: str, datasets: list[Dataset], *, split: str) -> str:
     num_documents = sum(dataset.last - dataset.first for dataset in datasets)
     num_tokens = sum(dataset.num_tokens for dataset in datasets)
     length = datasets[0].sequence_length

@@ -58,6 +58,12 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str: ...
 
+    def id_of(self, name: str) -> int | None:
+        """The id of a token by its own name, such as "[MASK]"."""
+
+    def pieces(self) -> list[str]:
+        """Every id's token as its vocabulary spells it, "" where there is none: [vocab_size]"""
+
     def save(self, folder: str | Path) -> None:
         """Write what `load_tokenizer(folder)` turns back into this tokenizer."""
 
@@ -75,6 +81,12 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         values = np.asarray(ids)
         return bytes(values[values < NUM_BYTE_VALUES].astype(np.uint8)).decode(errors="replace")
+
+    def id_of(self, name: str) -> int | None:
+        return None
+
+    def pieces(self) -> list[str]:
+        return [chr(value) for value in range(NUM_BYTE_VALUES)] + [""]
 
     def save(self, folder: str | Path) -> None:
         _write_settings(folder, {"tokenizer_class": BYTES})
@@ -124,6 +136,15 @@ class PieceTokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._pieces.decode([int(item) for item in ids], skip_special_tokens=False)
+
+    def id_of(self, name: str) -> int | None:
+        return self._pieces.token_to_id(name)
+
+    def pieces(self) -> list[str]:
+        found = [""] * self.vocab_size
+        for piece, number in self._pieces.get_vocab(with_added_tokens=True).items():
+            found[number] = piece
+        return found
 
     def save(self, folder: str | Path) -> None:
         settings = {} if self._end_token is None else {"eos_token": self._end_token}

@@ -4,20 +4,22 @@ Every rank calls it.  One process writes the document orders into the cache whil
 the same files; see `ranks.Ranks` for what it must know of the others.
 """
 
+import hashlib
 import logging
 import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from data_tools.blended_dataset import Dataset
 from data_tools.config import DataConfig
 from data_tools.corpus import Corpus, shared_vocab_size
 from data_tools.errors import DataError
-from data_tools.gpt_dataset import GPTDataset
 from data_tools.index_cache import IndexCache
 from data_tools.loader import SampleSource
 from data_tools.ranks import ALONE, Ranks, is_builder
 from data_tools.sample_sources import TEST, VALID, SourceMaker
+from data_tools.special_tokens import special_tokens
 from data_tools.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -50,7 +52,10 @@ class TrainingData:
 
     def fingerprint(self) -> str:
         """A hash of everything that determines the order of training samples; to be compared at resume."""
-        return self.train.dataset.fingerprint()
+        order, objective = self.train.dataset.fingerprint(), self.config.objective
+        if objective is None:
+            return order
+        return hashlib.sha256(f"{order} {objective.model_dump_json()}".encode()).hexdigest()
 
     def next_samples_hash(self, consumed_samples: int, *, num_samples: int) -> str:
         """A hash of the next samples' tokens: the same at any data-parallel size and micro-batch size."""
@@ -87,10 +92,16 @@ def check_data(config: DataConfig) -> None:
 
 def _open(config: DataConfig, cache: IndexCache) -> TrainingData:
     corpora = _open_corpora(config)
-    make = SourceMaker(config, corpora, cache=cache)
+    vocab_size = shared_vocab_size(list(corpora.values()), tokenizer=config.tokenizer)
+    tokenizer = None
+    if config.objective is not None:
+        first = next(iter(corpora.values()))
+        tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer is not None else first.tokenizer()
+        vocab_size = special_tokens(tokenizer, config.objective).vocab_size
+    make = SourceMaker(config, corpora, cache=cache, tokenizer=tokenizer)
     return TrainingData(
         config=config,
-        vocab_size=shared_vocab_size(list(corpora.values()), tokenizer=config.tokenizer),
+        vocab_size=vocab_size,
         train=make.train(),
         validation=make.held_out(VALID, config.validation),
         test=make.held_out(TEST, config.test),
@@ -124,7 +135,7 @@ def _build_orders(data: TrainingData, cache: IndexCache, *, num_train_samples: i
     logger.info("%d document orders ready after %.1f s", len(wanted), time.monotonic() - started_s)
 
 
-def _orders_wanted(data: TrainingData, num_train_samples: int) -> list[tuple[GPTDataset, int]]:
+def _orders_wanted(data: TrainingData, num_train_samples: int) -> list[tuple[Dataset, int]]:
     blend = data.train.dataset
     wanted = [
         (dataset, epoch)

@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
     arguments = [words.run, *words.words]
     if words.deepspeed_config:
         arguments += ["--deepspeed_config", words.deepspeed_config]
-    program = f"pretrain.{run.config.family}"
+    program = f"pretrain.{run.config.model.family}"
     if words.dry_run:
         print(shlex.join(launcher_command(program, arguments, num_ranks=num_ranks, port=29500)))
         return

@@ -39,7 +39,9 @@ class ActivationMemory(NamedTuple):
 
     def embedding(self) -> float:
         """Its dropout's mask, and the token's id."""
-        return self._mask(self.model.hidden_dropout) * self.model.hidden_size / self._shards() + 8
+        h, types = self.model.hidden_size, 8 if self.model.bert is not None else 0
+        norm = self.bytes_per_value * h + self._statistics() if self.model.norms_after else 0
+        return (self._mask(self.model.hidden_dropout) * h + norm) / self._shards() + 8 + types
 
     def block(self, *, has_experts: bool = False) -> float:
         if self.recompute == "full":
@@ -61,7 +63,10 @@ class ActivationMemory(NamedTuple):
     def head(self) -> float:
         """Its input, and the logits of this rank's share of the vocabulary (in fp32 in the paper, section 4.3)."""
         logits = (self.bytes_per_value if self.fused else 4) * self.model.padded_vocab_size / self.tp
-        return self.bytes_per_value * self.model.hidden_size / self._shards() + logits
+        kept = self.bytes_per_value * self.model.hidden_size
+        if self.model.bert is not None:  # the transform, its activation and its norm
+            kept += 3 * self.bytes_per_value * self.model.hidden_size + self._statistics()
+        return kept / self._shards() + logits
 
     def _shards(self) -> int:
         return self.tp if self.sequence_parallel else 1

@@ -1,4 +1,4 @@
-"""What a GPT is: sizes and options, nothing about where or how it runs.
+"""What a model is: sizes and options, nothing about where or how it runs.
 
 Facts only, frozen.  What follows from them is a property (``head_width``, ``ffn_width``,
 ``padded_vocab_size``), so nothing writes into a config after loading.  A wrong fact is told with its limit
@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from model_providers import model_rules
 from model_providers.errors import ModelError
-from model_providers.moe_config import Facts, MLAConfig, MoEConfig, MTPConfig
+from model_providers.moe_config import BERTConfig, Facts, MLAConfig, MoEConfig, MTPConfig
 
 GATED_ACTIVATIONS = ("swiglu", "geglu")
 GATED_FFN_MULTIPLE = 256  # Llama's own code rounds up to this (github.com/meta-llama/llama, model.py)
@@ -70,7 +70,7 @@ RopeScaling = Annotated[LinearScaling | Llama3Scaling | YarnScaling, Field(discr
 
 
 class ModelConfig(Facts):
-    """A GPT's sizes and options; every field can be overridden on top of a preset."""
+    """Sizes and options; every field can be overridden on top of a preset."""
 
     num_layers: int = Field(gt=0)
     hidden_size: int = Field(gt=0)
@@ -98,6 +98,7 @@ class ModelConfig(Facts):
     moe: MoEConfig | None = None  # None: every layer is dense
     mla: MLAConfig | None = None  # None: plain, grouped or multi-query attention
     mtp: MTPConfig | None = None  # None: the next token alone
+    bert: BERTConfig | None = None  # None: causal, the next token
 
     hidden_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     attention_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -174,7 +175,22 @@ class ModelConfig(Facts):
     @property
     def num_plan_layers(self) -> int:
         """What can be cut into pipeline stages: embedding, layers, final norm, layers that look ahead, head."""
-        return self.num_layers + 3 + (self.mtp.depth if self.mtp is not None else 0)
+        ends = 2 if self.norms_after else 3
+        return self.num_layers + ends + (self.mtp.depth if self.mtp is not None else 0)
+
+    @property
+    def norms_after(self) -> bool:
+        """Whether each sum is normalised, and no final norm is needed, instead of what goes into a layer."""
+        return self.bert is not None and self.bert.norm == "post"
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a token sees only what is before it."""
+        return self.bert is None
+
+    @property
+    def family(self) -> Literal["gpt", "bert"]:
+        return "gpt" if self.bert is None else "bert"
 
     @property
     def is_gated(self) -> bool:

@@ -74,21 +74,23 @@ def layer_costs(
     embedding = LayerCost(embedding_parameters(model), 0.0, memory.embedding())
     blocks = [block(model.has_experts(layer)) for layer in range(model.num_layers)]
     final_norm = LayerCost(norm_parameters(model, model.hidden_size), 0.0, memory.final_norm())
-    head_flops = 2.0 * model.hidden_size * model.known_vocab_size
+    final_norms = [] if model.norms_after else [final_norm]
+    head_flops = 2.0 * model.hidden_size * (model.known_vocab_size + (model.hidden_size if model.bert else 0))
     ahead = model.mtp.depth if model.mtp is not None else 0
     head = LayerCost(
-        0 if model.tie_embeddings else word_parameters(model),
+        (0 if model.tie_embeddings else word_parameters(model)) + encoder_head_parameters(model),
         head_flops * (1 + ahead),
         memory.head() * (1 + ahead),
     )
     looking_ahead = [_looking_ahead(model, block(model.moe is not None), memory)] * ahead
-    return [embedding, *blocks, final_norm, *looking_ahead, head]
+    return [embedding, *blocks, *final_norms, *looking_ahead, head]
 
 
 def parameters(model: ModelConfig, *, padded: bool = True) -> int:
     """All parameters, shared words once; ``padded=False`` leaves out the vocabulary's padding, as papers do."""
     words = 1 if model.tie_embeddings else 2
-    unpadded = 0 if padded else words * (model.padded_vocab_size - model.known_vocab_size) * model.hidden_size
+    row = words * model.hidden_size + (1 if model.bert is not None else 0)  # and its bias
+    unpadded = 0 if padded else row * (model.padded_vocab_size - model.known_vocab_size)
     return sum(cost.parameters for cost in layer_costs(model, 1)) - unpadded
 
 
@@ -128,7 +130,20 @@ def word_parameters(model: ModelConfig) -> int:
 
 def embedding_parameters(model: ModelConfig) -> int:
     positions = model.max_sequence_length if model.position_embedding == "learned" else 0
-    return word_parameters(model) + positions * model.hidden_size
+    more = 0
+    if model.bert is not None:
+        more = model.bert.token_types * model.hidden_size
+        more += norm_parameters(model, model.hidden_size) if model.norms_after else 0
+    return word_parameters(model) + positions * model.hidden_size + more
+
+
+def encoder_head_parameters(model: ModelConfig) -> int:
+    """Beside the words: a transform with its norm, a bias for each word, a pooler and two classes."""
+    if model.bert is None:
+        return 0
+    h = model.hidden_size
+    pooler = h * h + h + 2 * h + 2 if model.bert.sentence_head else 0
+    return h * h + h + norm_parameters(model, h) + model.padded_vocab_size + pooler
 
 
 def norm_parameters(model: ModelConfig, width: int) -> int:
@@ -202,6 +217,8 @@ def block_forward_flops(
     """For one token: 2 a weight that it meets, and 2 x keys x width for scores and for values."""
     if attention not in ("causal", "full"):
         raise ModelError(f"attention={attention}: unknown; choose causal or full")
+    if not model.is_causal:
+        attention = "full"
     moe, h = model.moe, model.hidden_size
     matrices = 3 if model.is_gated else 2
     width = float(model.ffn_width)

@@ -3,6 +3,6 @@
 The program that trains a family is `pretrain.<name>`.
 """
 
-from model_providers import gpt
+from model_providers import bert, gpt
 
-PLAN_BUILDERS = {"gpt": gpt.build_plan}
+PLAN_BUILDERS = {"gpt": gpt.build_plan, "bert": bert.build_plan}

@@ -61,23 +61,32 @@ class Kernels(NamedTuple):
     fuse: bool  # let megatron-core use its fused activation and bias-dropout-add
 
     def block_submodules(
-        self, config: TransformerConfig, experts: ExpertPlace | None = None
+        self,
+        config: TransformerConfig,
+        experts: ExpertPlace | None = None,
+        *,
+        is_causal: bool = True,
+        has_norms: bool = True,
     ) -> TransformerLayerSubmodules:
-        """The layer spec of a block, dense unless ``experts`` are placed somewhere."""
+        """The layer spec of a block, dense unless ``experts`` are placed somewhere.
+
+        ``has_norms``: whether a norm stands before attention and MLP.
+        """
+        norm = self.norm if has_norms else IdentityOp
         mlp = MLPSubmodules(
             linear_fc1=self.column_linear, activation_func=GatedActivation, linear_fc2=self.row_linear
         )
         dense = ModuleSpec(module=MLP, params={"ffn_hidden_size": config.ffn_hidden_size}, submodules=mlp)
         return TransformerLayerSubmodules(
-            input_layernorm=self.norm,
-            self_attention=self._attention(config),
+            input_layernorm=norm,
+            self_attention=self._attention(config, is_causal=is_causal),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=self.norm,
+            pre_mlp_layernorm=norm,
             mlp=dense if experts is None else expert_layer(experts, mlp),
             mlp_bda=get_bias_dropout_add,
         )
 
-    def _attention(self, config: TransformerConfig) -> ModuleSpec:
+    def _attention(self, config: TransformerConfig, *, is_causal: bool) -> ModuleSpec:
         if config.multi_latent_attention:
             widths = {
                 "k_channels": config.qk_head_dim + config.qk_pos_emb_head_dim,
@@ -98,9 +107,8 @@ class Kernels(NamedTuple):
             q_layernorm=qk_norm,
             k_layernorm=qk_norm,
         )
-        return ModuleSpec(
-            module=self.self_attention, params={"attn_mask_type": AttnMaskType.causal}, submodules=parts
-        )
+        kind = AttnMaskType.causal if is_causal else AttnMaskType.no_mask
+        return ModuleSpec(module=self.self_attention, params={"attn_mask_type": kind}, submodules=parts)
 
 
 def choose_kernels(choice: str, device: str) -> Kernels:
@@ -200,6 +208,14 @@ def _te_core_attention() -> type:
         ) -> Any:
             if attention_mask is None:
                 return super().forward(query, key, value, None, attn_mask_type, **rest)
-            return attend(query, key, value, attention_mask, self.config, training=self.training)
+            return attend(
+                query,
+                key,
+                value,
+                attention_mask,
+                self.config,
+                is_causal=attn_mask_type != AttnMaskType.no_mask,
+                training=self.training,
+            )
 
     return SegmentedAttention

@@ -17,7 +17,7 @@ from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import nn
 
-from model_providers.linears import Product, cpu_multiplies_bf16
+from model_providers.linears import ReplicatedLinear
 from model_providers.portable import extend_cache, mask_type
 from model_providers.rotary import rotate
 
@@ -30,19 +30,6 @@ class LatentSubmodules:
     linear_proj: Any
     column_linear: Any
     norm: Any
-
-
-class ReplicatedLinear(nn.Module):
-    """A linear that every tensor rank holds whole; under sequence parallelism each feeds it its own tokens."""
-
-    def __init__(self, config: Any, size_in: int, size_out: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size_out, size_in, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        self._is_wide = config.params_dtype.itemsize == 2 and not cpu_multiplies_bf16()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [s b k] -> [s b n]
-        return Product.apply(x, self.weight, None, False, False, None, self._is_wide and x.is_cpu)
 
 
 class LatentAttention(Attention):

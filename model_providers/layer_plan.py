@@ -38,6 +38,23 @@ class GPTInputs(NamedTuple):
         return cls(parts[torch.int64][0], *parts[torch.int32])
 
 
+class BERTInputs(NamedTuple):
+    """What the first layer of an encoder takes."""
+
+    tokens: torch.Tensor  # int64 [b s]
+    types: torch.Tensor | None = None  # int64 [b s]: first or second sentence
+    segments: torch.Tensor | None = None  # int32 [b s]: attention stays inside one, and padding is one
+
+    def to_wire(self) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        return _to_wire(self)
+
+    @classmethod
+    def from_wire(cls, wire: "Wire") -> Self:
+        parts = _by_dtype(wire)
+        tokens, *types = parts[torch.int64]
+        return cls(tokens, next(iter(types), None), next(iter(parts[torch.int32]), None))
+
+
 class GPTValue(NamedTuple):
     """What flows from layer to layer."""
 
@@ -119,14 +136,14 @@ class LayerPlan(NamedTuple):
     layers: tuple[PlannedLayer, ...]
     ties: tuple[Tie, ...]
     loss: Callable[[Any, Any], torch.Tensor]  # (last output, Targets) -> scalar, float32
-    inputs_type: type[GPTInputs]
+    inputs_type: type[GPTInputs] | type[BERTInputs]
     value_type: type[GPTValue]
     recompute: Recompute
     checkpoint_function: Callable[..., Any]  # (function, *tensors): reentrant, restores every random stream
 
 
-def _to_wire(value: GPTInputs | GPTValue) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    assert value.cache is None, "a cache of keys and values does not travel between stages"
+def _to_wire(value: GPTInputs | BERTInputs | GPTValue) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    assert getattr(value, "cache", None) is None, "a cache of keys and values does not travel between stages"
     parts = tuple(part for part in value if part is not None)
     return parts[0] if len(parts) == 1 else parts
 
@@ -144,7 +161,7 @@ class PlanModule(nn.Module):
     It can stand before another module class in the list of bases, such as megatron-core's TransformerLayer.
     """
 
-    takes: type[GPTInputs] | type[GPTValue] = GPTValue
+    takes: type[GPTInputs] | type[BERTInputs] | type[GPTValue] = GPTValue
     stream: str | None = None  # the layer's name, where it draws random numbers in training
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from torch import nn
 
 from model_providers import weight_gradients
 from model_providers.mcore_on_cpu import gather_along_first_dim, reduce, reduce_scatter_along_first_dim
@@ -66,7 +67,9 @@ class Product(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             group = ctx.group if ctx.sequence_parallel else None
             work = partial(weight_gradient, x, grad, group, weight.dtype, is_wide=ctx.is_wide)
-            store = weight_gradients.open_store()
+            # A hook on a weight that every tensor rank holds sums their parts of its gradient, and does not wait.
+            is_part = getattr(ctx.parameter, "sequence_parallel", False)
+            store = None if is_part else weight_gradients.open_store()
             if store is None:
                 grad_weight = work()
             else:
@@ -129,3 +132,23 @@ def _product(
     **unused: Any,
 ) -> torch.Tensor:
     return Product.apply(input, weight, bias, sequence_parallel, allreduce_dgrad, tp_group, is_wide)
+
+
+class ReplicatedLinear(nn.Module):
+    """A linear that every tensor rank holds whole; under sequence parallelism each feeds it its own tokens.
+
+    ``sees_all``: each rank feeds it all tokens even then, so that its gradients are whole.
+    """
+
+    def __init__(
+        self, config: Any, size_in: int, size_out: int, *, bias: bool = False, sees_all: bool = False
+    ):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size_out, size_in, dtype=config.params_dtype))
+        self.bias = nn.Parameter(torch.zeros(size_out, dtype=config.params_dtype)) if bias else None
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel and not sees_all  # type: ignore[attr-defined]
+        self._is_wide = config.params_dtype.itemsize == 2 and not cpu_multiplies_bf16()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [s b k] -> [s b n]
+        return Product.apply(x, self.weight, self.bias, False, False, None, self._is_wide and x.is_cpu)

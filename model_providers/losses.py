@@ -131,6 +131,23 @@ class WeightedLoss:
         return TokenLosses.apply(output, labels.t(), self.share)
 
 
+class MaskedLoss(WeightedLoss):
+    """The masked tokens' losses, each times its weight, and with a second task the sentences' likewise.
+
+    Targets are labels [b s] and weights [b s], and with a second task labels [b] and weights [b].
+    """
+
+    def __call__(self, output: Any, targets: Any) -> torch.Tensor:
+        if isinstance(output, torch.Tensor):
+            return self._weighted(output, *targets[:2])
+        logits, sentences = output  # [s b v/tp], [b 2]
+        masked = self._weighted(logits, *targets[:2])
+        if len(targets) == 2:
+            return masked + 0.0 * sentences.float().sum()  # the head is there, and nothing asks it
+        labels, weights = targets[2:]
+        return masked + (F.cross_entropy(sentences.float(), labels, reduction="none") * weights).sum()
+
+
 class AddGradient(torch.autograd.Function):
     """The first loss, with the gradients of both."""
 

@@ -31,12 +31,20 @@ class MaskMaker:
 
 
 def visible(
-    sq: int, sk: int, window: int | None, hidden: torch.Tensor | None, device: torch.device
+    sq: int,
+    sk: int,
+    window: int | None,
+    hidden: torch.Tensor | None,
+    device: torch.device,
+    *,
+    is_causal: bool = True,
 ) -> torch.Tensor | None:
-    """The mask that SDPA takes, True = seen, [sq sk] or [b 1 sq sk]; None where its causal flag will do.
+    """The mask that SDPA takes, True = seen, [sq sk] or [b 1 sq sk]; None where its causal flag, or none, will do.
 
     The queries are the last ``sq`` of the ``sk`` positions.
     """
+    if not is_causal:
+        return None if hidden is None else ~hidden
     if window is not None and window >= sk:
         window = None
     if hidden is None and window is None and (sq == sk or sq == 1):

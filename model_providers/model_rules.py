@@ -186,6 +186,17 @@ def looking_ahead_needs_no_learned_positions(model: "ModelConfig") -> str | None
     return None
 
 
+def encoders_are_plain(model: "ModelConfig") -> str | None:
+    if model.bert is None:
+        return None
+    foreign = {"mtp": model.mtp is not None, "mla": model.mla is not None, "moe": model.moe is not None}
+    foreign["sliding_window"] = model.sliding_window is not None
+    found = [key for key, is_set in foreign.items() if is_set]
+    if found:
+        return f"{', '.join(found)} with bert: not for bidirectional encoders here; leave out"
+    return None
+
+
 RULES: tuple[Rule, ...] = (
     heads_divide_hidden_size,
     kv_heads_divide_heads,
@@ -204,4 +215,5 @@ RULES: tuple[Rule, ...] = (
     shared_gate_needs_shared_experts,
     latent_attention_stands_alone,
     looking_ahead_needs_no_learned_positions,
+    encoders_are_plain,
 )

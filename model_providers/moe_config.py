@@ -79,3 +79,13 @@ class MTPConfig(Facts):
 
     depth: int = Field(default=1, ge=1)  # additional tokens predicted, one after the other
     loss_weight: float = Field(default=0.3, ge=0.0)  # of the mean of their losses
+
+
+class BERTConfig(Facts):
+    """A bidirectional encoder that fills in masked tokens (Devlin et al. 2019, arXiv:1810.04805)."""
+
+    token_types: int = Field(default=2, ge=0)  # of first and second sentence; 0: none
+    norm: Literal["post", "pre"] = (
+        "post"  # after each sum, as published; pre: before, as Megatron's (2019, 5.3)
+    )
+    sentence_head: bool = True  # pooler and two classes, for a second task

@@ -62,6 +62,7 @@ class CoreAttention(MegatronModule):
         self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str, **unused: Any
     ):
         super().__init__(config=config)
+        self.is_causal = attn_mask_type == AttnMaskType.causal
 
     def forward(
         self,
@@ -71,7 +72,15 @@ class CoreAttention(MegatronModule):
         attention_mask: torch.Tensor | None = None,  # bool [b 1 sq sk], True = hidden
         **unused: Any,
     ) -> torch.Tensor:
-        return attend(query, key, value, attention_mask, self.config, training=self.training)
+        return attend(
+            query,
+            key,
+            value,
+            attention_mask,
+            self.config,
+            is_causal=self.is_causal,
+            training=self.training,
+        )
 
 
 def attend(
@@ -81,9 +90,10 @@ def attend(
     hidden: torch.Tensor | None,
     config: Any,
     *,
+    is_causal: bool,
     training: bool,
 ) -> torch.Tensor:
-    """Causal attention by torch's SDPA: [sq b n d], [sk b g d], [sk b g v] -> [sq b n*v]
+    """Attention by torch's SDPA: [sq b n d], [sk b g d], [sk b g v] -> [sq b n*v]
 
     Narrower values are filled up with zeros: SDPA's fused kernels want one width, and the others keep the scores
     (measured on a CPU with latent attention's 192 and 128: 1.5 times slower).
@@ -93,7 +103,7 @@ def attend(
     if width < d:
         value = F.pad(value, (0, d - width))
     window = config.window_size[0] + 1 if config.window_size else None
-    seen = visible(sq, sk, window, hidden, query.device)
+    seen = visible(sq, sk, window, hidden, query.device, is_causal=is_causal)
     dropout = config.attention_dropout if training else 0.0
     grouped_kernel = query.is_cuda and seen is None  # flash attention on CUDA takes grouped heads as they are
     if n != g and seen is not None and seen.dim() == 4:
@@ -109,7 +119,7 @@ def attend(
             v,
             attn_mask=seen,
             dropout_p=dropout,
-            is_causal=seen is None and sq > 1,
+            is_causal=is_causal and seen is None and sq > 1,
             scale=config.softmax_scale or 1.0 / math.sqrt(d),
             enable_gqa=n != g and grouped_kernel,
         )
@@ -189,7 +199,7 @@ def extend_cache(
 
 def mask_type(ordinary: AttnMaskType, sq: int, sk: int) -> AttnMaskType:
     """Only Transformer Engine asks; ours looks at the two lengths itself."""
-    if sq == sk:
+    if sq == sk or ordinary != AttnMaskType.causal:
         return ordinary
     return AttnMaskType.no_mask if sq == 1 else AttnMaskType.causal_bottom_right
 

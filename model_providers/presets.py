@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from model_providers.config import ModelConfig
 from model_providers.errors import ModelError
-from model_providers.moe_config import MLAConfig, MoEConfig, MTPConfig
+from model_providers.moe_config import BERTConfig, MLAConfig, MoEConfig, MTPConfig
 
 
 def _gpt2(num_layers: int, hidden_size: int, num_attention_heads: int, **facts: Any) -> ModelConfig:
@@ -110,6 +110,44 @@ def _deepseek(num_layers: int, hidden_size: int, num_attention_heads: int, **fac
     return _llama(num_layers, hidden_size, num_attention_heads, **plain | facts)
 
 
+def _bert(num_layers: int, hidden_size: int, num_attention_heads: int, **facts: Any) -> ModelConfig:
+    """Devlin et al. 2019 (arXiv:1810.04805), section 3, and their released configurations."""
+    plain = {
+        "position_embedding": "learned",
+        "normalization": "layernorm",
+        "norm_eps": 1e-12,
+        "activation": "gelu",
+        "linear_bias": True,
+        "scale_residual_init": False,
+        "hidden_dropout": 0.1,
+        "attention_dropout": 0.1,
+        "vocab_size": 30522,
+        "max_sequence_length": 512,
+        "bert": BERTConfig(),
+    }
+    sizes = {"num_layers": num_layers, "hidden_size": hidden_size, "num_attention_heads": num_attention_heads}
+    return ModelConfig(**sizes | plain | facts)
+
+
+def _roberta(num_layers: int, hidden_size: int, num_attention_heads: int) -> ModelConfig:
+    """Liu et al. 2019 (arXiv:1907.11692), table 9: BERT's sizes, byte-level BPE, no second task."""
+    alone = BERTConfig(token_types=1, sentence_head=False)
+    return _bert(num_layers, hidden_size, num_attention_heads, vocab_size=50265, norm_eps=1e-5, bert=alone)
+
+
+def _megatron_bert(num_layers: int, hidden_size: int, num_attention_heads: int) -> ModelConfig:
+    """Shoeybi et al. 2019 (arXiv:1909.08053), table 4 and section 5.3: norms before, residual outputs scaled."""
+    return _bert(
+        num_layers,
+        hidden_size,
+        num_attention_heads,
+        norm_eps=1e-5,
+        activation="gelu_tanh",
+        scale_residual_init=True,
+        bert=BERTConfig(norm="pre"),
+    )
+
+
 PRESETS: Mapping[str, ModelConfig] = {
     # Ours: small enough for a test, and for minutes on two cores.
     "tiny": ModelConfig(
@@ -177,6 +215,21 @@ PRESETS: Mapping[str, ModelConfig] = {
             sequence_aux_loss=0.0001,
         ),
     ),
+    "tiny-bert": _bert(
+        2, 32, 4, vocab_size=128, max_sequence_length=64, hidden_dropout=0.0, attention_dropout=0.0
+    ),
+    "demo-bert": _bert(
+        4,
+        256,
+        8,
+        vocab_size=1024,
+        max_sequence_length=128,
+        norm_eps=1e-5,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_std=0.05,
+        bert=BERTConfig(norm="pre"),
+    ),
     # Radford et al. 2019, Table 2; heads and dropout as in the configs released on Hugging Face.
     "gpt2-124m": _gpt2(12, 768, 12),
     "gpt2-355m": _gpt2(24, 1024, 16),
@@ -207,6 +260,13 @@ PRESETS: Mapping[str, ModelConfig] = {
     "llama3-8b": _llama3(32, 4096, 32, 14336),
     "llama3-70b": _llama3(80, 8192, 64, 28672),
     "llama3-405b": _llama3(126, 16384, 128, 53248),
+    "bert-base": _bert(12, 768, 12),
+    "bert-large": _bert(24, 1024, 16),
+    "roberta-base": _roberta(12, 768, 12),
+    "roberta-large": _roberta(24, 1024, 16),
+    "megatron-bert-336m": _megatron_bert(24, 1024, 16),
+    "megatron-bert-1.3b": _megatron_bert(24, 2048, 32),
+    "megatron-bert-3.9b": _megatron_bert(48, 2560, 40),
     "mixtral-8x7b": _mixtral(32, 4096, 32, 14336, vocab_size=32000, max_sequence_length=32768),
     "mixtral-8x22b": _mixtral(56, 6144, 48, 16384, vocab_size=32768, max_sequence_length=65536),
     # DeepSeek-AI 2024 (arXiv:2405.04434), appendix B, and the released config of DeepSeek-V2-Lite: softmax scores over

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import nn
 
 from model_providers.config import ModelConfig
@@ -69,13 +69,23 @@ class Block(PlanModule, TransformerLayer):
         rotary: RotaryTable | None,
         masks: MaskMaker,
         experts: ExpertPlace | None = None,
+        *,
+        is_causal: bool = True,
     ):
-        parts = kernels.block_submodules(config, experts)
+        parts = self.parts_of(kernels, config, experts, is_causal)
         super().__init__(config, parts, layer_number=layer_index + 1, pg_collection=groups)
         self.rotary, self.masks = rotary, masks
 
     config: TransformerConfig
     rotary: RotaryTable | None
+    attention_norm: nn.Module  # where norms come after sums
+    mlp_norm: nn.Module
+
+    @staticmethod
+    def parts_of(
+        kernels: Kernels, config: TransformerConfig, experts: ExpertPlace | None, is_causal: bool
+    ) -> TransformerLayerSubmodules:
+        return kernels.block_submodules(config, experts, is_causal=is_causal)
 
     def apply_to(self, value: GPTValue) -> GPTValue:
         with shard_stream(self):
@@ -94,6 +104,34 @@ class Block(PlanModule, TransformerLayer):
         shards = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         start = value.cache.sequence_len_offset if value.cache is not None else 0
         return self.rotary.cos_sin(start, start + value.hidden.size(0) * shards, value.hidden)
+
+
+class PostNormBlock(Block):
+    """The layer as first published (Vaswani et al. 2017, section 3.1): each sum is normalised, and no input is."""
+
+    def __init__(self, config: TransformerConfig, groups: Any, kernels: Kernels, *rest: Any, **named: Any):
+        super().__init__(config, groups, kernels, *rest, **named)
+        self.attention_norm, self.mlp_norm = (
+            kernels.norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+            for _ in range(2)
+        )
+
+    @staticmethod
+    def parts_of(
+        kernels: Kernels, config: TransformerConfig, experts: ExpertPlace | None, is_causal: bool
+    ) -> TransformerLayerSubmodules:
+        return kernels.block_submodules(config, experts, is_causal=is_causal, has_norms=False)
+
+    def apply_to(self, value: GPTValue) -> GPTValue:
+        with shard_stream(self):
+            hidden, _ = TransformerLayer._forward_attention(
+                self,
+                value.hidden,
+                attention_mask=self.masks.hidden(value.segments),
+                rotary_pos_emb=self._cos_sin(value),
+            )
+            hidden = self.mlp_norm(TransformerLayer._forward_mlp(self, self.attention_norm(hidden)))
+        return value._replace(hidden=hidden)
 
 
 class FinalNorm(PlanModule):

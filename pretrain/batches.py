@@ -11,10 +11,11 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 
-from data_tools.loader import GPTBatch, SampleLoader, SampleSource, StepShape
+from data_tools.loader import Batch, GPTBatch, SampleLoader, SampleSource, StepShape
+from data_tools.masked_batches import MaskedBatch
 from data_tools.ranks import Ranks
 from data_tools.training_data import TrainingData, open_data
-from model_providers.layer_plan import GPTInputs
+from model_providers.layer_plan import BERTInputs, GPTInputs
 from pretrain.config_io import Run
 from pretrain.engine.base import MicroBatch
 from pretrain.engine.groups import Groups
@@ -83,28 +84,48 @@ def holds_data(groups: Groups) -> bool:
     return groups.holds_inputs or groups.holds_loss
 
 
-def to_device(batches: Sequence[GPTBatch], groups: Groups) -> list[MicroBatch]:
+def to_device(batches: Sequence[Batch], groups: Groups) -> list[MicroBatch]:
     """A step's micro-batches; collective over the data-parallel group where losses are masked."""
     weights = _token_weights(batches, groups)
     return [
-        MicroBatch(
-            inputs=GPTInputs(_tensor(batch.tokens, groups), _tensor(batch.segments, groups)).to_wire(),
-            targets=(_tensor(batch.labels, groups), weight),
-        )
+        MicroBatch(_inputs(batch, groups), (_tensor(batch.labels, groups), weight, *more))
+        for batch, weight, more in zip(batches, weights, _sentences(batches, groups), strict=True)
+    ]
+
+
+def _inputs(batch: Batch, groups: Groups) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    tokens, segments = _tensor(batch.tokens, groups), _tensor(batch.segments, groups)
+    if isinstance(batch, GPTBatch):
+        return GPTInputs(tokens, segments).to_wire()
+    return BERTInputs(tokens, _tensor(batch.types, groups), segments).to_wire()
+
+
+def _sentences(batches: Sequence[Batch], groups: Groups) -> list[tuple[torch.Tensor, ...]]:
+    """Labels and weights [b] of a second task per micro-batch; weights add up as the tokens' do."""
+    if not isinstance(batches[0], MaskedBatch) or batches[0].sentence_labels is None:
+        return [()] * len(batches)
+    there = [_tensor(batch.counts, groups).float() for batch in batches]  # type: ignore[union-attr]
+    weights = _spread(there, groups)
+    return [
+        (_tensor(batch.sentence_labels, groups), weight)  # type: ignore[union-attr]
         for batch, weight in zip(batches, weights, strict=True)
     ]
 
 
-def _token_weights(batches: Sequence[GPTBatch], groups: Groups) -> list[torch.Tensor]:
+def _token_weights(batches: Sequence[Batch], groups: Groups) -> list[torch.Tensor]:
     """[b s] per micro-batch, adding up to (micro-batches x data-parallel ranks) over the step."""
     if all(batch.loss_mask is None for batch in batches):
         shape = batches[0].labels.shape
         even = torch.full((1, 1), 1.0 / batches[0].labels.size, device=groups.device)
         return [even.expand(shape)] * len(batches)
-    masks = [_tensor(batch.loss_mask, groups).float() for batch in batches]
+    return _spread([_tensor(batch.loss_mask, groups).float() for batch in batches], groups)
+
+
+def _spread(masks: list[torch.Tensor], groups: Groups) -> list[torch.Tensor]:
+    """What counts, weighted alike over all micro-batches and data-parallel ranks; collective."""
     counted = torch.stack([mask.sum(dtype=torch.float64) for mask in masks]).sum()
     dist.all_reduce(counted, group=groups.dp)
-    share = len(batches) * groups.layout.dp / max(1.0, counted.item())
+    share = len(masks) * groups.layout.dp / max(1.0, counted.item())
     return [mask * share for mask in masks]
 
 

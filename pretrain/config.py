@@ -212,8 +212,8 @@ class RunConfig(Facts):
 
     name: str = Field("run", pattern=r"^[\w.-]+$")
     out: str = Field("runs_out", description="folder; the run writes into out/name")
-    family: Literal["gpt"] = Field(
-        "gpt", description="kind of model; the program that trains it is pretrain.<family>"
+    family: Literal["gpt", "bert"] | None = Field(
+        None, description="kind of model, the preset's; the program that trains it is pretrain.<family>"
     )
     model: ModelConfig
     data: DataConfig

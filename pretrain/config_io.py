@@ -14,8 +14,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from data_tools.corpus import Corpus
 from data_tools.errors import DataError
 from data_tools.manifest import load_manifest
+from data_tools.special_tokens import special_tokens
 from data_tools.tokenizer import load_tokenizer
 from model_providers.config import ModelConfig
 from model_providers.cost import layer_costs, parameters
@@ -212,15 +214,18 @@ def _with_vocabulary(config: RunConfig, faults: list[str], origins: dict[str, st
 
 
 def _tokenizer_size(config: RunConfig) -> int:
-    manifest = load_manifest(config.data.train[0].path)
-    if manifest is not None:
-        return manifest.tokenizer.vocab_size
-    if config.data.tokenizer is None:
+    """With the tokens that the objective appends."""
+    prefix, named = config.data.train[0].path, config.data.tokenizer
+    manifest = load_manifest(prefix)
+    if manifest is None and named is None:
         raise DataError(
-            f"data.train={config.data.train[0].path}: no such corpus, or it has no manifest: prepare it "
-            f"(megaloom prepare --out {config.data.train[0].path}), or name its tokenizer in data.tokenizer"
+            f"data.train={prefix}: no such corpus, or it has no manifest: prepare it "
+            f"(megaloom prepare --out {prefix}), or name its tokenizer in data.tokenizer"
         )
-    return load_tokenizer(config.data.tokenizer).vocab_size
+    if config.data.objective is None and manifest is not None:
+        return manifest.tokenizer.vocab_size
+    tokenizer = load_tokenizer(named) if named is not None else Corpus(prefix).tokenizer()
+    return special_tokens(tokenizer, config.data.objective).vocab_size
 
 
 def _facts(config: RunConfig, layout: Layout, batch: "config_rules.BatchSizes") -> ds_config.Facts:

@@ -19,6 +19,7 @@ from pretrain.engine.schedules.catalogue import SCHEDULES, schedule_fault
 from pretrain.errors import RunError
 from pretrain.expert_rules import EXPERT_RULES
 from pretrain.nested import get
+from pretrain.objective_rules import OBJECTIVE_RULES
 from pretrain.optimizer_rules import OPTIMIZER_RULES, Rule
 
 AUTO_SCHEDULE = "auto"  # measured and chosen on the ranks, see engine/auto_schedule.py
@@ -336,6 +337,7 @@ RULES: tuple[Rule, ...] = (
     checkpoints_to_begin_from_are_there,
     output_folder_can_be_made,
     *EXPERT_RULES,
+    *OBJECTIVE_RULES,
     *OPTIMIZER_RULES,
 )
 

@@ -239,7 +239,8 @@ def _optimizer_section(section: dict[str, Any], facts: Facts) -> dict[str, Any]:
 def _fill_zero(full: dict[str, Any], facts: Facts) -> None:
     zero = full.setdefault("zero_optimization", {"stage": 0})
     zero.setdefault("stage", 0)
-    bucket = max(1, min(MAX_BUCKET_ELEMENTS, facts.parameters_per_rank))
+    even = facts.parameters_per_rank + facts.parameters_per_rank % 2  # DeepSpeed asks for an even number
+    bucket = max(2, min(MAX_BUCKET_ELEMENTS, even))
     hidden = facts.hidden_size
     # The last three are the values that Hugging Face's integration made the meaning of "auto".
     fillers: dict[str, Callable[[], int]] = {

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from data_tools.tokenizer import Tokenizer, load_tokenizer
+from model_providers.building import solo_groups
 from model_providers.config import ModelConfig
 from model_providers.families import PLAN_BUILDERS
 from model_providers.generation import generation_cache, next_logits
-from model_providers.gpt import solo_groups
 from model_providers.layout import Layout, TensorPlace
 from pretrain.checkpoint import store
 from pretrain.checkpoint.store import CONFIG, TOKENIZER, WEIGHTS
@@ -96,7 +96,7 @@ def load_generator(path: Path, device: torch.device) -> Generator:
     folder = whole_checkpoint(path)
     config = RunConfig(**read_yaml(folder / CONFIG))
     layout = Layout(tp=1, pp=1, dp=1)
-    plan = PLAN_BUILDERS[config.family](
+    plan = PLAN_BUILDERS[config.model.family](
         config.model,
         layout,
         solo_groups(),

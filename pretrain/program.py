@@ -37,6 +37,21 @@ def load_on_rank(words: argparse.Namespace) -> Run:
     return load_run(words.run, words.words, world_size=world_size, deepspeed_config=words.deepspeed_config)
 
 
+def run_program(name: str, description: str | None, argv: list[str] | None) -> int:
+    """Train the run that the words name, on this rank."""
+    parser = rank_parser(name, description)
+    add_run_words(parser)
+    words = parser.parse_intermixed_args(argv)
+
+    def work() -> None:
+        run = load_on_rank(words)
+        from pretrain.run import train  # torch and the libraries, after the words were read
+
+        train(run)
+
+    return exit_code(name, work)
+
+
 def exit_code(name: str, work: Callable[[], object]) -> int:
     """0 when ``work`` is done; 2 on a user's mistake, with one line from the first rank."""
     try:

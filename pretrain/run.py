@@ -125,7 +125,7 @@ def settle_schedule(run: Run, plan: LayerPlan, groups: Groups) -> tuple[Run, Gro
 def make_plan(run: Run, groups: Groups) -> LayerPlan:
     """The model as layers, for this rank's place."""
     config = run.config
-    return PLAN_BUILDERS[config.family](
+    return PLAN_BUILDERS[config.model.family](
         config.model,
         run.layout,
         groups.collection,

@@ -5,9 +5,11 @@ from typing import Any, Literal, NamedTuple
 
 from model_providers.config import ModelConfig
 from model_providers.errors import ModelError
-from model_providers.hugging_face import deepseek, gpt2, llama
+from model_providers.hugging_face import bert, deepseek, gpt2, llama
 
-Family = Literal["gpt2", "llama", "mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3"]  # their `model_type`
+Family = Literal[
+    "gpt2", "bert", "roberta", "llama", "mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3"
+]  # their `model_type`
 
 
 class Architecture(NamedTuple):
@@ -22,6 +24,8 @@ class Architecture(NamedTuple):
 ARCHITECTURES: dict[Family, Architecture] = {
     "gpt2": Architecture("GPT-2", gpt2.obstacles, gpt2.config_from, gpt2.config_to),
     "llama": Architecture("Llama", llama.obstacles, llama.config_from, llama.config_to),
+    "bert": Architecture("BERT", bert.obstacles, bert.config_from, bert.config_to),
+    "roberta": Architecture("RoBERTa", bert.roberta_obstacles, bert.roberta_from, bert.roberta_to),
     "mixtral": Architecture("Mixtral", llama.mixtral_obstacles, llama.mixtral_from, llama.mixtral_to),
     "qwen3_moe": Architecture(
         "Qwen3-MoE", llama.qwen3_moe_obstacles, llama.qwen3_moe_from, llama.qwen3_moe_to

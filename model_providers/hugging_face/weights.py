@@ -1,21 +1,30 @@
 """Tensors under the names of their files, from and to ours."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 
 from model_providers.config import ModelConfig
-from model_providers.hugging_face import deepseek_weights, entries, gpt2_weights, llama_weights
+from model_providers.hugging_face import bert_weights, deepseek_weights, entries, gpt2_weights, llama_weights
 from model_providers.hugging_face.architectures import Family, family
 from model_providers.hugging_face.entries import HEAD, WORDS, Entry, Weights
 
 ENTRIES: dict[Family, Callable[[ModelConfig], Iterator[Entry]]] = {
     "gpt2": gpt2_weights.entries,
     "llama": llama_weights.entries,
+    "bert": bert_weights.entries,
+    "roberta": bert_weights.roberta_entries,
     "mixtral": llama_weights.mixtral_entries,
     "qwen3_moe": llama_weights.qwen3_moe_entries,
     "deepseek_v2": deepseek_weights.entries,
     "deepseek_v3": deepseek_weights.entries,
+}
+
+# What a name begins with, and those of heads on top.
+PREFIXES: dict[Family, tuple[str, tuple[str, ...]]] = {
+    "gpt2": ("transformer.", ()),
+    "bert": ("bert.", ("cls.",)),
+    "roberta": ("roberta.", ("lm_head.",)),
 }
 
 
@@ -25,8 +34,23 @@ def entries_of(model: ModelConfig) -> Iterator[Entry]:
 
 
 def their_name(name: str, model: ModelConfig) -> str:
-    """A name in one of their files; GPT-2's published ones have it with and without "transformer." in front."""
-    return f"transformer.{name.removeprefix('transformer.')}" if family(model) == "gpt2" else name
+    """A name in one of their files as the tables have it: published files leave the model's prefix out, or name the
+    parts of a norm as TensorFlow does.
+    """
+    prefix, heads = PREFIXES.get(family(model), ("", ()))
+    if prefix and not name.startswith((prefix, *heads)):
+        name = prefix + name
+    for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
+        name = name.replace(old, new)
+    return name
+
+
+def without_heads(names: Collection[str], model: ModelConfig) -> list[Entry]:
+    """The parameters of heads that files of an encoder alone do not have: all of them, or none."""
+    _, heads = PREFIXES.get(family(model), ("", ()))
+    if not heads or any(name.startswith(heads) for name in names):
+        return []
+    return [entry for entry in entries_of(model) if entry.theirs[0].startswith(heads)]
 
 
 def weights_from_hugging_face(weights: Weights, model: ModelConfig) -> dict[str, torch.Tensor]:

@@ -16,12 +16,12 @@ from torch import nn
 
 from data_tools.errors import DataError
 from data_tools.tokenizer import ByteTokenizer, load_tokenizer
+from model_providers.building import solo_groups
 from model_providers.config import ModelConfig
 from model_providers.families import PLAN_BUILDERS
-from model_providers.gpt import solo_groups
 from model_providers.hugging_face import entries
 from model_providers.hugging_face.architectures import config_to_hugging_face, model_from_hugging_face
-from model_providers.hugging_face.weights import entries_of, their_name
+from model_providers.hugging_face.weights import entries_of, their_name, without_heads
 from model_providers.layout import Layout, TensorPlace
 from pretrain.checkpoint import store
 from pretrain.checkpoint.store import CONFIG, TOKENIZER, WEIGHTS
@@ -71,7 +71,7 @@ def import_checkpoint(source: Path, out: Path, *, sequence_length: int | None = 
     model = model_from_hugging_face(theirs)
     files = _Files(source, model)
     dtype = next(iter(files.values())).dtype
-    plan = PLAN_BUILDERS["gpt"](
+    plan = PLAN_BUILDERS[model.family](
         model,
         Layout(tp=1, pp=1, dp=1),
         solo_groups(),
@@ -81,7 +81,8 @@ def import_checkpoint(source: Path, out: Path, *, sequence_length: int | None = 
         device=torch.device("cpu"),
         kernels="torch",
     )
-    tied, wanted = tied_names(plan), list(entries_of(model))
+    absent = without_heads(files, model)
+    tied, wanted = tied_names(plan), [entry for entry in entries_of(model) if entry not in absent]
     with _Whole(out) as root:
         folder = store.partial_folder(root / "checkpoints", 0)
         (folder / WEIGHTS).mkdir()

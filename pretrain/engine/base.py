@@ -26,8 +26,8 @@ class MicroBatch:
 
     inputs: (
         torch.Tensor | tuple[torch.Tensor, ...]
-    )  # GPTInputs in wire form: token ids int64 [b s], maybe segments
-    targets: tuple[torch.Tensor, torch.Tensor]  # labels int64 [b s], weights float32 [b s]
+    )  # the plan's inputs in wire form: token ids int64 [b s], maybe segments
+    targets: tuple[torch.Tensor, ...]  # labels int64 [b s], weights float32 [b s]; those of a second task
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ class LayerStack(torch.nn.Module):
         self.built = build_layers(self, plan.layers, plan.ties, prepare)
         sum_partial_gradients(self, groups.tp)
 
-    def forward(self, inputs: Wire, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs: Wire, *targets: torch.Tensor) -> torch.Tensor:
         """Token ids [b s] (or with segments), labels and weights [b s] -> the weighted sum of losses, a scalar."""
-        return self.plan.loss(self.logits(inputs), (labels, weights))
+        return self.plan.loss(self.logits(inputs), targets)
 
     def logits(self, inputs: Any) -> Wire:
         """[b s] -> [s b v/tp], and in training one more of each layer that looks ahead"""

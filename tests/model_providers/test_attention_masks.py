@@ -66,7 +66,7 @@ def test_a_sliding_window_equals_an_explicit_mask(window: int) -> None:
         softmax_scale = None
         sequence_parallel = False
 
-    found = attend(query, key, value, None, Config, training=True)
+    found = attend(query, key, value, None, Config, is_causal=True, training=True)
     scores = torch.einsum("sbnd,tbnd->bnst", query, key) / 8**0.5
     distance = torch.arange(16)[:, None] - torch.arange(16)[None]
     scores = scores.masked_fill((distance < 0) | (distance >= window), -torch.inf)

@@ -36,6 +36,8 @@ MIXES = {
     "latent": llama_like(num_kv_heads=None, mla=LATENT),
     "latent queries too": llama_like(num_kv_heads=None, mla=LATENT | {"q_lora_rank": 24}),
     "gelu experts": gpt2_like(moe=MOE, linear_bias=False),
+    "encoder": gpt2_like(activation="gelu", bert={}),
+    "encoder with norms before": gpt2_like(bert={"norm": "pre", "token_types": 0, "sentence_head": False}),
 }
 
 # Whose routers keep a little more or less than is planned.

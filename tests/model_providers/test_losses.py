@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model_providers.gpt import solo_groups
+from model_providers.building import solo_groups
 from model_providers.losses import VocabularyShare, WeightedLoss
 from tests.model_providers.plans import tensor_groups
 

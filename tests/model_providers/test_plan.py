@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model_providers.building import solo_groups
 from model_providers.errors import ModelError
-from model_providers.gpt import build_plan, solo_groups
+from model_providers.gpt import build_plan
 from model_providers.layer_plan import GPTInputs, GPTValue, PlanModule
 from model_providers.layout import Layout, TensorPlace
 from model_providers.logical import LogicalParameter, describe, merge, split

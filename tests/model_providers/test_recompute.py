@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from model_providers.building import checkpoint
 from model_providers.config import ModelConfig
 from model_providers.errors import ModelError
-from model_providers.gpt import checkpoint
 from model_providers.layer_plan import GPTInputs, GPTValue, Recompute
 from model_providers.layout import Layout
 from model_providers.partial_gradients import sum_partial_gradients

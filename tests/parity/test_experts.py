@@ -152,6 +152,7 @@ def test_every_kind_of_routing_is_the_same_with_shared_out_experts(
         (2, {"layout": {"pp": 2}, "deepspeed": "pipeline.json"}),
         (2, {"layout": {"pp": 2, "partition": [0, 2, 8]}, "recompute": "full"}),
         (4, {"layout": {"pp": 2, "ep": 2, "schedule": "zb-v", "chunks": 2}}),
+        (4, {"layout": {"pp": 2, "tp": 2, "sequence_parallel": True, "schedule": "zb-h1"}}),
         (4, {"layout": {"pp": 4, "schedule": "1f1b", "partition": [0, 2, 5, 6, 7]}}),
     ],
     ids=lambda value: str(value).replace(" ", "") if isinstance(value, dict) else str(value),

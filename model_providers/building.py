@@ -1,0 +1,148 @@
+"""What the providers of all families share: from facts and a layout to built layers with their weights."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Self
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from model_providers import mcore_on_cpu
+from model_providers.config import ModelConfig
+from model_providers.cost import LayerCost, layer_costs
+from model_providers.errors import ModelError
+from model_providers.initial import draw_weights
+from model_providers.kernels import Kernels, choose_kernels
+from model_providers.layer_plan import PlannedLayer, Recompute, Tie
+from model_providers.layout import Layout, TensorPlace, layout_problems
+from model_providers.mcore_config import mcore_config
+
+WORD_EMBEDDINGS = "word_embeddings.weight"
+NO_RECOMPUTE = Recompute()
+
+Construct = Callable[[], nn.Module]
+
+
+class Building(NamedTuple):
+    """What the layers of a model are made with."""
+
+    model: ModelConfig
+    layout: Layout
+    groups: Any  # a ProcessGroupCollection
+    config: TransformerConfig
+    kernels: Kernels
+    costs: Sequence[LayerCost]
+    seed: int
+    device: torch.device
+
+    @classmethod
+    def prepare(
+        cls,
+        model: ModelConfig,
+        layout: Layout,
+        groups: Any,
+        *,
+        seed: int,
+        sequence_length: int,
+        params_dtype: torch.dtype,
+        device: torch.device | str,
+        kernels: str,
+        recompute: Recompute,
+    ) -> Self:
+        problems = layout_problems(model, layout, sequence_length)
+        if problems:
+            raise ModelError("; ".join(problems))
+        device = torch.device(device)
+        mcore_on_cpu.install(device.type)
+        chosen = choose_kernels(kernels, device.type)
+        config = mcore_config(
+            model, layout, params_dtype=params_dtype, recompute=recompute.checked(), fuse=chosen.fuse
+        )
+        costs = layer_costs(
+            model,
+            sequence_length,
+            recompute=recompute.mode,
+            tp=layout.tp,
+            etp=layout.expert_tp,
+            sequence_parallel=layout.shards_sequence,
+            bytes_per_value=params_dtype.itemsize,
+        )
+        return cls(model, layout, groups, config, chosen, costs, seed, device)
+
+    def layers(
+        self, modules: Mapping[str, Construct], ties: tuple[Tie, ...], *, checkpointable: tuple[str, ...]
+    ) -> tuple[PlannedLayer, ...]:
+        """``checkpointable``: how the names begin of those that full recompute forgets."""
+        finish = _Finish(
+            self.model, self.seed, tensor_place(self.model, self.layout, self.groups), ties, self.device
+        )
+        return tuple(
+            PlannedLayer(name, partial(finish.build, name, construct), cost, name.startswith(checkpointable))
+            for (name, construct), cost in zip(modules.items(), self.costs, strict=True)
+        )
+
+
+def tensor_place(model: ModelConfig, layout: Layout, groups: Any) -> TensorPlace:
+    """Which share of each parameter this rank holds."""
+    dense = TensorPlace(tp=layout.tp, tp_rank=groups.tp.rank())
+    if model.moe is None:
+        return dense
+    return dense._replace(
+        etp=layout.expert_tp, etp_rank=groups.expt_tp.rank(), ep=layout.ep, ep_rank=groups.ep.rank()
+    )
+
+
+class _Finish(NamedTuple):
+    """From a constructed module to one with its weights, on its device."""
+
+    model: ModelConfig
+    seed: int
+    place: TensorPlace
+    ties: tuple[Tie, ...]
+    device: torch.device
+
+    def build(self, name: str, construct: Any) -> nn.Module:
+        module = construct()
+        tied = {
+            tie.user_parameter: f"{tie.owner}.{tie.owner_parameter}" for tie in self.ties if tie.user == name
+        }
+        draw_weights(module, self.model, self.seed, name, self.place, tied=tied)
+        if self.model.draws_in_training:
+            module.stream = name
+        return module.to(self.device)
+
+
+def checkpoint(function: Any, *tensors: torch.Tensor) -> Any:
+    """Run ``function`` without keeping its activations, and again in the backward pass with equal streams."""
+    return tensor_parallel.checkpoint(function, False, *tensors)
+
+
+class _SoloGroup:
+    """As much of a process group of one as megatron-core's layers ask for; nothing is initialised."""
+
+    def size(self) -> int:
+        return 1
+
+    def rank(self) -> int:
+        return 0
+
+
+class SoloGroups(NamedTuple):
+    """What megatron-core's layers ask for by these names."""
+
+    tp: Any
+    cp: Any
+    pp: Any
+    ep: Any
+    expt_tp: Any
+    expt_dp: Any
+    tp_ep: Any
+    tp_cp: Any
+    tp_dp_cp: Any
+
+
+def solo_groups() -> SoloGroups:
+    """The groups of a single process: tests, generation, benchmarks."""
+    return SoloGroups(*(_SoloGroup() for _ in SoloGroups._fields))

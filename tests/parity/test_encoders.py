@@ -1,0 +1,49 @@
+"""BERT in every layout computes what one process computes: masked tokens, a second task, norms after and before."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import OneProcess
+from tests.parity.record import record_raw
+from tests.parity.test_layouts import assert_same
+from tests.ranks import RankPool
+from tests.runs import tiny
+
+STEPS = 5
+BERT = {
+    "model": {"preset": "tiny-bert", "num_layers": 4, "vocab_size": None, "init_std": 0.1},
+    "data__objective": {"kind": "mlm", "second_task": "next_sentence", "unit": "word"},
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "bert": BERT,
+    "norms-before": {**BERT, "model__bert__norm": "pre", "data__objective__second_task": "sentence_order"},
+    "roberta": {
+        **BERT,
+        "model__bert": {"token_types": 0, "sentence_head": False},
+        "model__tie_embeddings": False,
+        "data__objective": {"kind": "mlm", "unit": "span"},
+    },
+}
+SP2 = {"tp": 2, "sequence_parallel": True}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "tp2": (2, {"layout": {"tp": 2}}),
+    "tp2+sp-zero3": (4, {"layout": SP2, "deepspeed": "zero3.json"}),
+    "dp2-zero2": (2, {"deepspeed": "zero2.json"}),
+    "pp2-dp2": (4, {"layout": {"pp": 2}}),
+    "pp2-interleaved": (2, {"layout": {"pp": 2, "schedule": "interleaved", "chunks": 2}}),
+    "pp2-tp2+sp-zb-v": (4, {"layout": {"pp": 2, "schedule": "zb-v", "chunks": 2, **SP2}}),
+    "pp4-recompute": (4, {"layout": {"pp": 4}, "recompute": "full"}),
+}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_layout_computes_what_one_process_does(
+    ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, kind: str, layout: str
+) -> None:
+    world_size, changes = LAYOUTS[layout]
+    trace = ranks.run(record_raw, world_size, tiny(corpus, out, **KINDS[kind], **changes), STEPS)[0]
+    assert_same(trace, one_process(STEPS, **KINDS[kind]))
