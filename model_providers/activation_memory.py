@@ -24,6 +24,7 @@ KEPT_FFN_WIDTHS = {
     "squared_relu": 2,
     "swiglu": 3,  # gate, up, and their product; silu(gate) is computed again
     "geglu": 4,  # and gelu(gate)
+    "geglu_tanh": 4,
 }
 
 
@@ -56,6 +57,20 @@ class ActivationMemory(NamedTuple):
         """Two norms, their outputs side by side, and the norm at the end."""
         h = self.model.hidden_size
         return (5 * self.bytes_per_value * h + 3 * self._statistics()) / self._shards()
+
+    def reading_queries(self) -> float:
+        """Of a decoder's attention to an encoder, for each of its own tokens: a norm, queries, and what came out."""
+        if self.recompute == "full":
+            return 0.0
+        m, core = self.model, 0.0 if self.recompute == "selective" else self._core_attention()
+        norm = 2 * self.bytes_per_value * m.hidden_size + self._statistics()
+        return norm / self._shards() + (2 * self.bytes_per_value * m.query_width + core) / self.tp
+
+    def reading_keys(self) -> float:
+        """For each of the encoder's tokens; what the encoder made is kept once for all layers."""
+        if self.recompute == "full":
+            return 0.0
+        return 2 * self.bytes_per_value * self.model.kv_width / self.tp
 
     def final_norm(self) -> float:
         return (self.bytes_per_value * self.model.hidden_size + self._statistics()) / self._shards()
@@ -142,6 +157,12 @@ class ActivationMemory(NamedTuple):
     def _core_attention(self) -> float:
         """5 a s in the paper: scores, probabilities, a mask.  Fused: its output, a log-sum-exp for each head."""
         m = self.model
+        if (
+            self.fused and m.position_embedding == "relative"
+        ):  # a bias with a gradient leaves the fused kernel
+            return 2 * self.bytes_per_value * m.num_attention_heads * self.sequence_length + (
+                self.bytes_per_value * m.query_width
+            )
         if self.fused:
             return self.bytes_per_value * m.query_width + 4 * m.num_attention_heads
         dropped = (1 + self.bytes_per_value) * self._mask(m.attention_dropout)

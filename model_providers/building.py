@@ -46,12 +46,13 @@ class Building(NamedTuple):
         *,
         seed: int,
         sequence_length: int,
+        target_length: int | None = None,
         params_dtype: torch.dtype,
         device: torch.device | str,
         kernels: str,
         recompute: Recompute,
     ) -> Self:
-        problems = layout_problems(model, layout, sequence_length)
+        problems = layout_problems(model, layout, sequence_length, target_length)
         if problems:
             raise ModelError("; ".join(problems))
         device = torch.device(device)
@@ -63,6 +64,7 @@ class Building(NamedTuple):
         costs = layer_costs(
             model,
             sequence_length,
+            target_length=target_length,
             recompute=recompute.mode,
             tp=layout.tp,
             etp=layout.expert_tp,

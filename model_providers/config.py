@@ -12,9 +12,9 @@ from pydantic import Field, model_validator
 
 from model_providers import model_rules
 from model_providers.errors import ModelError
-from model_providers.moe_config import BERTConfig, Facts, MLAConfig, MoEConfig, MTPConfig
+from model_providers.moe_config import BERTConfig, Facts, MLAConfig, MoEConfig, MTPConfig, T5Config
 
-GATED_ACTIVATIONS = ("swiglu", "geglu")
+GATED_ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh")
 GATED_FFN_MULTIPLE = 256  # Llama's own code rounds up to this (github.com/meta-llama/llama, model.py)
 
 
@@ -81,14 +81,16 @@ class ModelConfig(Facts):
     vocab_size: int | None = Field(default=None, gt=0)  # None = the tokenizer's, filled in by the run
     max_sequence_length: int = Field(default=1024, gt=0)  # rows of the learned positions
 
-    position_embedding: Literal["learned", "rotary", "none"] = "rotary"
+    position_embedding: Literal["learned", "rotary", "relative", "none"] = "rotary"
     rotary_base: float = Field(default=10000.0, gt=1.0)
     rotary_fraction: float = Field(default=1.0, gt=0.0, le=1.0)  # share of head_width that turns
     rope_scaling: RopeScaling | None = None
 
     normalization: Literal["layernorm", "rmsnorm"] = "rmsnorm"
     norm_eps: float = Field(default=1e-5, gt=0.0)
-    activation: Literal["gelu", "gelu_tanh", "relu", "squared_relu", "swiglu", "geglu"] = "swiglu"
+    activation: Literal["gelu", "gelu_tanh", "relu", "squared_relu", "swiglu", "geglu", "geglu_tanh"] = (
+        "swiglu"
+    )
     linear_bias: bool = False  # on all four linears of a block
     qkv_bias: bool = False  # on the query, key and value projection alone
     qk_norm: bool = False  # each head's query and key normalised before rotation
@@ -99,6 +101,7 @@ class ModelConfig(Facts):
     mla: MLAConfig | None = None  # None: plain, grouped or multi-query attention
     mtp: MTPConfig | None = None  # None: the next token alone
     bert: BERTConfig | None = None  # None: causal, the next token
+    t5: T5Config | None = None  # None: one stack
 
     hidden_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     attention_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -149,6 +152,8 @@ class ModelConfig(Facts):
     @property
     def score_scale(self) -> float:
         """Scores are query times key times this."""
+        if self.t5 is not None and not self.t5.scaled_scores:
+            return 1.0
         if self.mla is None:
             return 1.0 / math.sqrt(self.head_width)
         stretched = self.rope_scaling.score_scale if isinstance(self.rope_scaling, YarnScaling) else 1.0
@@ -175,6 +180,8 @@ class ModelConfig(Facts):
     @property
     def num_plan_layers(self) -> int:
         """What can be cut into pipeline stages: embedding, layers, final norm, layers that look ahead, head."""
+        if self.t5 is not None:  # and the encoder's norm, and the decoder's embedding
+            return self.t5.num_encoder_layers + self.num_layers + 5
         ends = 2 if self.norms_after else 3
         return self.num_layers + ends + (self.mtp.depth if self.mtp is not None else 0)
 
@@ -189,7 +196,9 @@ class ModelConfig(Facts):
         return self.bert is None
 
     @property
-    def family(self) -> Literal["gpt", "bert"]:
+    def family(self) -> Literal["gpt", "bert", "t5"]:
+        if self.t5 is not None:
+            return "t5"
         return "gpt" if self.bert is None else "bert"
 
     @property

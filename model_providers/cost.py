@@ -46,6 +46,7 @@ def layer_costs(
     model: ModelConfig,
     sequence_length: int,
     *,
+    target_length: int | None = None,
     attention: AttentionCount = "causal",
     recompute: RecomputeMode = "none",
     tp: int = 1,
@@ -56,12 +57,16 @@ def layer_costs(
 ) -> list[LayerCost]:
     """Embedding, blocks, final norm, head, in the order of the plan.
 
-    ``etp``: of the experts, None: as ``tp``; ``fused``: see activation_memory.py.
+    Of two stacks a token is one of the encoder's: the decoder has ``target_length`` for each ``sequence_length`` of
+    them, a quarter if it is not known.  ``etp``: of the experts, None: as ``tp``; ``fused``: see activation_memory.py.
     """
     sharded = sequence_parallel and tp > 1
     memory = ActivationMemory(
         model, sequence_length, recompute, tp, sharded, bytes_per_value, fused, tp if etp is None else etp
     )
+
+    if model.t5 is not None:
+        return _stack_costs(model, memory, target_length or max(1, sequence_length // 4))
 
     def block(has_experts: bool) -> LayerCost:
         return LayerCost(
@@ -86,6 +91,48 @@ def layer_costs(
     return [embedding, *blocks, *final_norms, *looking_ahead, head]
 
 
+def _stack_costs(model: ModelConfig, memory: ActivationMemory, target_length: int) -> list[LayerCost]:
+    """Encoder and decoder; the tables of distances are in each stack's first layer."""
+    t5, h, s = model.t5, model.hidden_size, memory.sequence_length
+    assert t5 is not None
+    share = target_length / s
+    norm = norm_parameters(model, h)
+    biases = t5.relative_buckets * model.num_attention_heads if model.position_embedding == "relative" else 0
+    linears = _attention_linears(model)
+    mlp = 2.0 * (3 if model.is_gated else 2) * h * model.ffn_width
+    wide = 2.0 * (model.query_width + model.value_width)
+    reading = attention_parameters(model)
+    target = memory._replace(sequence_length=target_length)
+
+    def encoder(index: int) -> LayerCost:
+        table = biases if index == 0 else 0
+        return LayerCost(block_parameters(model) + table, linears + mlp + wide * s, memory.block())
+
+    def decoder(index: int) -> LayerCost:
+        table = biases if index == 0 else 0
+        queries = 2.0 * 2 * h * model.query_width  # of the decoder's tokens; keys and values of the encoder's
+        flops = (
+            share * (linears + mlp + queries + wide * (target_length / 2 + s)) + 2.0 * h * 2 * model.kv_width
+        )
+        kept = share * (target.block() + target.reading_queries()) + memory.reading_keys()
+        return LayerCost(block_parameters(model) + reading + norm + table, flops, kept)
+
+    head = LayerCost(
+        0 if model.tie_embeddings else word_parameters(model),
+        share * 2.0 * h * model.known_vocab_size,
+        share * target.head(),
+    )
+    return [
+        LayerCost(word_parameters(model), 0.0, memory.embedding()),
+        *(encoder(index) for index in range(t5.num_encoder_layers)),
+        LayerCost(norm, 0.0, memory.final_norm()),
+        LayerCost(0, 0.0, share * target.embedding()),
+        *(decoder(index) for index in range(model.num_layers)),
+        LayerCost(norm, 0.0, share * target.final_norm()),
+        head,
+    ]
+
+
 def parameters(model: ModelConfig, *, padded: bool = True) -> int:
     """All parameters, shared words once; ``padded=False`` leaves out the vocabulary's padding, as papers do."""
     words = 1 if model.tie_embeddings else 2
@@ -106,10 +153,14 @@ def active_parameters(model: ModelConfig, *, padded: bool = True) -> int:
 
 
 def train_flops_per_token(
-    model: ModelConfig, sequence_length: int, attention: AttentionCount = "causal"
+    model: ModelConfig,
+    sequence_length: int,
+    attention: AttentionCount = "causal",
+    *,
+    target_length: int | None = None,
 ) -> float:
-    """Model FLOPs of forward and backward for one token; see the conventions above."""
-    costs = layer_costs(model, sequence_length, attention=attention)
+    """Model FLOPs of forward and backward for one token, of two stacks the encoder's; see the conventions above."""
+    costs = layer_costs(model, sequence_length, attention=attention, target_length=target_length)
     return sum(cost.train_flops_per_token for cost in costs)
 
 

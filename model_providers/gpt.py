@@ -24,6 +24,7 @@ def build_plan(
     *,
     seed: int,
     sequence_length: int,
+    target_length: int | None = None,
     params_dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     kernels: str = "auto",

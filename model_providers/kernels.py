@@ -16,7 +16,7 @@ from megatron.core.extensions import transformer_engine as mcore_te
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
-from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.attention import CrossAttentionSubmodules, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -39,6 +39,7 @@ from model_providers.portable import (
     GatedActivation,
     Norm,
     PortableSelfAttention,
+    ReadingAttention,
     RotatedSelfAttention,
     attend,
 )
@@ -67,11 +68,20 @@ class Kernels(NamedTuple):
         *,
         is_causal: bool = True,
         has_norms: bool = True,
+        reads_over: Any = None,
     ) -> TransformerLayerSubmodules:
         """The layer spec of a block, dense unless ``experts`` are placed somewhere.
 
-        ``has_norms``: whether a norm stands before attention and MLP.
+        ``has_norms``: whether a norm stands before attention and MLP; ``reads_over``: the tensor group, if it attends
+        to an encoder too.
         """
+        reading: dict[str, Any] = {}
+        if reads_over is not None:
+            reading = {
+                "pre_cross_attn_layernorm": self.norm,
+                "cross_attention": self._reading_attention(reads_over),
+                "cross_attn_bda": get_bias_dropout_add,
+            }
         norm = self.norm if has_norms else IdentityOp
         mlp = MLPSubmodules(
             linear_fc1=self.column_linear, activation_func=GatedActivation, linear_fc2=self.row_linear
@@ -81,9 +91,22 @@ class Kernels(NamedTuple):
             input_layernorm=norm,
             self_attention=self._attention(config, is_causal=is_causal),
             self_attn_bda=get_bias_dropout_add,
+            **reading,
             pre_mlp_layernorm=norm,
             mlp=dense if experts is None else expert_layer(experts, mlp),
             mlp_bda=get_bias_dropout_add,
+        )
+
+    def _reading_attention(self, tp_group: Any) -> ModuleSpec:
+        column = partial(self.column_linear, tp_group=tp_group)
+        parts = CrossAttentionSubmodules(
+            linear_q=column,
+            linear_kv=column,
+            core_attention=self.core_attention,
+            linear_proj=self.row_linear,
+        )
+        return ModuleSpec(
+            module=ReadingAttention, params={"attn_mask_type": AttnMaskType.no_mask}, submodules=parts
         )
 
     def _attention(self, config: TransformerConfig, *, is_causal: bool) -> ModuleSpec:
@@ -201,12 +224,19 @@ def _te_core_attention() -> type:
     """A class made on demand: its base is a real class only where Transformer Engine is installed."""
 
     class SegmentedAttention(mcore_te.TEDotProductAttention):  # type: ignore[misc]
-        """Packed documents, whose mask Transformer Engine takes only unfused, go through torch's SDPA."""
+        """Packed documents, whose mask Transformer Engine takes only unfused, and biases go through torch's SDPA."""
 
         def forward(
-            self, query: Any, key: Any, value: Any, attention_mask: Any, attn_mask_type: Any, **rest: Any
+            self,
+            query: Any,
+            key: Any,
+            value: Any,
+            attention_mask: Any,
+            attn_mask_type: Any,
+            attention_bias: Any = None,
+            **rest: Any,
         ) -> Any:
-            if attention_mask is None:
+            if attention_mask is None and attention_bias is None:
                 return super().forward(query, key, value, None, attn_mask_type, **rest)
             return attend(
                 query,
@@ -214,6 +244,7 @@ def _te_core_attention() -> type:
                 value,
                 attention_mask,
                 self.config,
+                bias=attention_bias,
                 is_causal=attn_mask_type != AttnMaskType.no_mask,
                 training=self.training,
             )

@@ -55,6 +55,51 @@ class BERTInputs(NamedTuple):
         return cls(tokens, next(iter(types), None), next(iter(parts[torch.int32]), None))
 
 
+class T5Inputs(NamedTuple):
+    """What the first layer of two stacks takes."""
+
+    tokens: torch.Tensor  # int64 [b s], the encoder's
+    targets: torch.Tensor  # int64 [b t], the decoder's
+    segments: torch.Tensor | None = None  # int32 [b s]: attention stays inside one, and padding is one
+
+    def to_wire(self) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        return _to_wire(self)
+
+    @classmethod
+    def from_wire(cls, wire: "Wire") -> Self:
+        parts = _by_dtype(wire)
+        tokens, targets = parts[torch.int64]
+        return cls(tokens, targets, next(iter(parts[torch.int32]), None))
+
+
+class T5Value(NamedTuple):
+    """What flows through the encoder and then the decoder.
+
+    ``memory`` goes to every layer of the decoder, whichever stage it is on, and its gradient comes back the same way.
+    """
+
+    hidden: torch.Tensor  # [s b h], in the decoder [t b h]; under sequence parallelism a share of it
+    memory: torch.Tensor | None = None  # [s b h], what the encoder made: in the decoder
+    targets: torch.Tensor | None = None  # int64 [b t], until the decoder's embedding
+    segments: torch.Tensor | None = None  # int32 [b s], as in T5Inputs
+
+    def to_wire(self) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        return _to_wire(self)
+
+    @classmethod
+    def from_wire(cls, wire: "Wire") -> Self:
+        parts = _by_dtype(wire)
+        hidden, *memory = (
+            tensor for dtype, tensors in parts.items() if dtype.is_floating_point for tensor in tensors
+        )
+        return cls(
+            hidden,
+            next(iter(memory), None),
+            next(iter(parts[torch.int64]), None),
+            next(iter(parts[torch.int32]), None),
+        )
+
+
 class GPTValue(NamedTuple):
     """What flows from layer to layer."""
 
@@ -82,6 +127,8 @@ class GPTValue(NamedTuple):
         )
 
 
+Inputs = GPTInputs | BERTInputs | T5Inputs
+Value = GPTValue | T5Value
 Wire = torch.Tensor | Sequence[torch.Tensor]
 
 
@@ -136,13 +183,13 @@ class LayerPlan(NamedTuple):
     layers: tuple[PlannedLayer, ...]
     ties: tuple[Tie, ...]
     loss: Callable[[Any, Any], torch.Tensor]  # (last output, Targets) -> scalar, float32
-    inputs_type: type[GPTInputs] | type[BERTInputs]
-    value_type: type[GPTValue]
+    inputs_type: type[Inputs]
+    value_type: type[Value]
     recompute: Recompute
     checkpoint_function: Callable[..., Any]  # (function, *tensors): reentrant, restores every random stream
 
 
-def _to_wire(value: GPTInputs | BERTInputs | GPTValue) -> torch.Tensor | tuple[torch.Tensor, ...]:
+def _to_wire(value: Inputs | Value) -> torch.Tensor | tuple[torch.Tensor, ...]:
     assert getattr(value, "cache", None) is None, "a cache of keys and values does not travel between stages"
     parts = tuple(part for part in value if part is not None)
     return parts[0] if len(parts) == 1 else parts
@@ -161,7 +208,7 @@ class PlanModule(nn.Module):
     It can stand before another module class in the list of bases, such as megatron-core's TransformerLayer.
     """
 
-    takes: type[GPTInputs] | type[BERTInputs] | type[GPTValue] = GPTValue
+    takes: type[Inputs] | type[Value] = GPTValue
     stream: str | None = None  # the layer's name, where it draws random numbers in training
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -177,7 +224,7 @@ class PlanModule(nn.Module):
         if isinstance(value, self.takes):
             return self.apply_to(value)
         output = self.apply_to(self.takes.from_wire(value))
-        return output.to_wire() if isinstance(output, GPTValue) else output
+        return output.to_wire() if isinstance(output, GPTValue | T5Value) else output
 
 
 def drop_empty_extra_state(

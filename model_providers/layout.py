@@ -154,7 +154,9 @@ class Layout(BaseModel):
         return list(groups.values())
 
 
-def layout_problems(model: ModelConfig, layout: Layout, sequence_length: int) -> list[str]:
+def layout_problems(
+    model: ModelConfig, layout: Layout, sequence_length: int, target_length: int | None = None
+) -> list[str]:
     """Why ``model`` cannot be cut by ``layout``, one sentence each; empty when it can."""
     problems = []
     tp, kv = layout.tp, model.kv_heads if model.mla is None else model.num_attention_heads
@@ -181,6 +183,11 @@ def layout_problems(model: ModelConfig, layout: Layout, sequence_length: int) ->
         problems.append(
             f"data.sequence_length={sequence_length}: sequence parallelism shards it, and layout.tp={tp} "
             f"must divide it; use {sequence_length // tp * tp or tp}, or layout.sequence_parallel=false"
+        )
+    if layout.shards_sequence and target_length is not None and target_length % tp:
+        problems.append(
+            f"data.objective.target_length={target_length}: sequence parallelism shards the decoder's tokens, and "
+            f"layout.tp={tp} must divide it; use {-(-target_length // tp) * tp}, or layout.sequence_parallel=false"
         )
     if model.position_embedding == "learned" and sequence_length > model.max_sequence_length:
         problems.append(

@@ -30,6 +30,11 @@ class MaskMaker:
         return self._last[1]
 
 
+def hidden_keys(segments: torch.Tensor | None) -> torch.Tensor | None:
+    """[b s] -> bool [b 1 1 s], True for padding, that is for all but the first segment"""
+    return None if segments is None else (segments != 0)[:, None, None, :]
+
+
 def visible(
     sq: int,
     sk: int,
@@ -51,6 +56,15 @@ def visible(
         return None
     seen = _causal(sq, sk, window or sk, device)
     return seen if hidden is None else seen & ~hidden
+
+
+def biased(
+    bias: torch.Tensor, seen: torch.Tensor | None, sq: int, sk: int, *, is_causal: bool
+) -> torch.Tensor:
+    """Scores' bias [1 n sq sk] and what is seen as one mask for SDPA, which takes either kind alone."""
+    if seen is None and is_causal:
+        seen = _causal(sq, sk, sk, bias.device)
+    return bias if seen is None else bias.masked_fill(~seen, -torch.inf)
 
 
 @lru_cache(maxsize=2)

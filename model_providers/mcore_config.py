@@ -25,6 +25,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "squared_relu": squared_relu,
     "swiglu": F.silu,  # the gate's half
     "geglu": F.gelu,
+    "geglu_tanh": partial(F.gelu, approximate="tanh"),  # T5 1.1's
 }
 
 
@@ -39,7 +40,7 @@ def mcore_config(
     # (tokens before, tokens after)
     window = (model.sliding_window - 1, 0) if model.sliding_window else None
     kind = TransformerConfig if model.mla is None else MLATransformerConfig
-    return kind(
+    config = kind(
         **_latent_attention(model),
         **_experts(model, layout),
         num_layers=model.num_layers,
@@ -48,12 +49,12 @@ def mcore_config(
         num_query_groups=model.kv_heads,
         # Of latent attention: what the output projection takes of each head.
         kv_channels=model.head_width if model.mla is None else model.mla.v_head_dim,
-        softmax_scale=None if model.mla is None else model.score_scale,
+        softmax_scale=None if model.mla is None and model.t5 is None else model.score_scale,
         ffn_hidden_size=model.ffn_width,
         normalization="RMSNorm" if model.normalization == "rmsnorm" else "LayerNorm",
         layernorm_epsilon=model.norm_eps,
         gated_linear_unit=model.is_gated,
-        activation_func=ACTIVATIONS[model.activation],
+        activation_func=F.gelu if model.activation == "geglu_tanh" else ACTIVATIONS[model.activation],
         add_bias_linear=model.linear_bias,
         add_qkv_bias=model.qkv_bias,
         qk_layernorm=model.qk_norm,
@@ -83,6 +84,8 @@ def mcore_config(
         cuda_graph_scope=[],
         transformer_impl="transformer_engine" if fuse else "local",
     )
+    config.activation_func = ACTIVATIONS[model.activation]  # which the check of gated ones may not know
+    return config
 
 
 def _experts(model: ModelConfig, layout: Layout) -> dict[str, Any]:

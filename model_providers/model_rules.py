@@ -187,13 +187,25 @@ def looking_ahead_needs_no_learned_positions(model: "ModelConfig") -> str | None
 
 
 def encoders_are_plain(model: "ModelConfig") -> str | None:
-    if model.bert is None:
+    if model.bert is None and model.t5 is None:
         return None
+    if model.bert is not None and model.t5 is not None:
+        return "bert and t5: a model is one of them; leave one out"
+    kind = "bert" if model.bert is not None else "t5"
     foreign = {"mtp": model.mtp is not None, "mla": model.mla is not None, "moe": model.moe is not None}
     foreign["sliding_window"] = model.sliding_window is not None
+    foreign["num_kv_heads"] = kind == "t5" and model.kv_heads != model.num_attention_heads
     found = [key for key, is_set in foreign.items() if is_set]
     if found:
-        return f"{', '.join(found)} with bert: not for bidirectional encoders here; leave out"
+        return f"{', '.join(found)} with {kind}: not for encoders here; leave out"
+    return None
+
+
+def relative_positions_are_t5s(model: "ModelConfig") -> str | None:
+    if model.position_embedding == "relative" and model.t5 is None:
+        return "position_embedding=relative without t5: distances in buckets are T5's; use rotary, learned or none"
+    if model.position_embedding == "learned" and model.t5 is not None:
+        return "position_embedding=learned with t5: not for two stacks here; use relative, rotary or none"
     return None
 
 
@@ -216,4 +228,5 @@ RULES: tuple[Rule, ...] = (
     latent_attention_stands_alone,
     looking_ahead_needs_no_learned_positions,
     encoders_are_plain,
+    relative_positions_are_t5s,
 )

@@ -89,3 +89,16 @@ class BERTConfig(Facts):
         "post"  # after each sum, as published; pre: before, as Megatron's (2019, 5.3)
     )
     sentence_head: bool = True  # pooler and two classes, for a second task
+
+
+class T5Config(Facts):
+    """An encoder, and a decoder that reads what it made (Raffel et al. 2020, arXiv:1910.10683, section 2.1).
+
+    ``num_layers`` are the decoder's.
+    """
+
+    num_encoder_layers: int = Field(gt=0)
+    relative_buckets: int = Field(default=32, ge=4)  # of distances between query and key
+    relative_max_distance: int = Field(default=128, gt=1)  # beyond it all fall into the last bucket
+    scaled_scores: bool = False  # T5 leaves out attention's 1 / sqrt(d)
+    scaled_output: bool = True  # with a tied head: its input times 1 / sqrt(h), as in T5 before 1.1

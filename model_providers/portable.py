@@ -10,13 +10,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
-from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.attention import CrossAttention, SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import nn
 
 from model_providers.fused import GatedSiLU, RMSNorm, SplitHeads
-from model_providers.masks import visible
+from model_providers.masks import biased, visible
 from model_providers.rotary import rotate
 
 
@@ -70,6 +70,7 @@ class CoreAttention(MegatronModule):
         key: torch.Tensor,  # [sk b g d]
         value: torch.Tensor,  # [sk b g d]
         attention_mask: torch.Tensor | None = None,  # bool [b 1 sq sk], True = hidden
+        attention_bias: torch.Tensor | None = None,  # [1 n sq sk], added to the scores
         **unused: Any,
     ) -> torch.Tensor:
         return attend(
@@ -78,6 +79,7 @@ class CoreAttention(MegatronModule):
             value,
             attention_mask,
             self.config,
+            bias=attention_bias,
             is_causal=self.is_causal,
             training=self.training,
         )
@@ -90,6 +92,7 @@ def attend(
     hidden: torch.Tensor | None,
     config: Any,
     *,
+    bias: torch.Tensor | None = None,
     is_causal: bool,
     training: bool,
 ) -> torch.Tensor:
@@ -104,6 +107,8 @@ def attend(
         value = F.pad(value, (0, d - width))
     window = config.window_size[0] + 1 if config.window_size else None
     seen = visible(sq, sk, window, hidden, query.device, is_causal=is_causal)
+    if bias is not None:
+        seen = biased(bias.to(query.dtype), seen, sq, sk, is_causal=is_causal)
     dropout = config.attention_dropout if training else 0.0
     grouped_kernel = query.is_cuda and seen is None  # flash attention on CUDA takes grouped heads as they are
     if n != g and seen is not None and seen.dim() == 4:
@@ -161,6 +166,7 @@ class RotatedSelfAttention(SelfAttention):
         *,
         inference_context: Any = None,
         rotary_pos_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attention_bias: torch.Tensor | None = None,
         **unused: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = self.heads(hidden_states, rotary_pos_emb)  # [s b n/tp d], [s b g/tp d] x 2
@@ -170,7 +176,10 @@ class RotatedSelfAttention(SelfAttention):
         if self.checkpoint_core_attention and self.training:
             core = self._checkpointed_attention_forward
         kind = mask_type(self.attn_mask_type, query.size(0), key.size(0))
-        return self.linear_proj(core(query, key, value, attention_mask, attn_mask_type=kind))  # [s b h]
+        biases = {} if attention_bias is None else {"attention_bias": attention_bias}
+        return self.linear_proj(
+            core(query, key, value, attention_mask, attn_mask_type=kind, **biases)
+        )  # [s b h]
 
     def heads(
         self, hidden_states: torch.Tensor, angles: Any
@@ -202,6 +211,24 @@ def mask_type(ordinary: AttnMaskType, sq: int, sk: int) -> AttnMaskType:
     if sq == sk or ordinary != AttnMaskType.causal:
         return ordinary
     return AttnMaskType.no_mask if sq == 1 else AttnMaskType.causal_bottom_right
+
+
+class ReadingAttention(CrossAttention):
+    """megatron-core's attention of a decoder to what the encoder made, without positions."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: torch.Tensor,  # [t b h]
+        attention_mask: torch.Tensor | None = None,  # bool [b 1 1 s], True = hidden
+        *,
+        key_value_states: torch.Tensor,  # [s b h]
+        **unused: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query, key, value = self.get_query_key_value_tensors(hidden_states, key_value_states)
+        core = self.core_attention
+        if self.checkpoint_core_attention and self.training:
+            core = self._checkpointed_attention_forward
+        return self.linear_proj(core(query, key, value, attention_mask, attn_mask_type=self.attn_mask_type))
 
 
 class PortableSelfAttention(RotatedSelfAttention):

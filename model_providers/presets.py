@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from model_providers.config import ModelConfig
 from model_providers.errors import ModelError
-from model_providers.moe_config import BERTConfig, MLAConfig, MoEConfig, MTPConfig
+from model_providers.moe_config import BERTConfig, MLAConfig, MoEConfig, MTPConfig, T5Config
 
 
 def _gpt2(num_layers: int, hidden_size: int, num_attention_heads: int, **facts: Any) -> ModelConfig:
@@ -148,6 +148,34 @@ def _megatron_bert(num_layers: int, hidden_size: int, num_attention_heads: int) 
     )
 
 
+def _t5(layers: int, hidden_size: int, heads: int, head_dim: int, ffn: int, **facts: Any) -> ModelConfig:
+    """Raffel et al. 2020 (arXiv:1910.10683), sections 2.1 and 3.1, and the released configurations."""
+    plain = {
+        "position_embedding": "relative",
+        "norm_eps": 1e-6,
+        "activation": "relu",
+        "scale_residual_init": False,
+        "hidden_dropout": 0.1,
+        "attention_dropout": 0.1,
+        "vocab_size": 32128,
+        "max_sequence_length": 512,
+        "t5": T5Config(num_encoder_layers=layers),
+    }
+    sizes = {"num_layers": layers, "hidden_size": hidden_size, "num_attention_heads": heads}
+    return ModelConfig(**sizes | {"head_dim": head_dim, "ffn_hidden_size": ffn} | plain | facts)
+
+
+def _t5_v11(layers: int, hidden_size: int, heads: int, ffn: int) -> ModelConfig:
+    """Shazeer 2020 (arXiv:2002.05202): gated GELU; a head of its own; trained without dropout."""
+    newer = {
+        "activation": "geglu_tanh",
+        "tie_embeddings": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+    return _t5(layers, hidden_size, heads, 64, ffn, **newer)
+
+
 PRESETS: Mapping[str, ModelConfig] = {
     # Ours: small enough for a test, and for minutes on two cores.
     "tiny": ModelConfig(
@@ -230,6 +258,21 @@ PRESETS: Mapping[str, ModelConfig] = {
         init_std=0.05,
         bert=BERTConfig(norm="pre"),
     ),
+    "tiny-t5": _t5(2, 32, 4, 8, 64, vocab_size=128, hidden_dropout=0.0, attention_dropout=0.0),
+    "demo-t5": _t5(
+        3,
+        256,
+        8,
+        32,
+        768,
+        vocab_size=1024,
+        norm_eps=1e-5,
+        activation="swiglu",
+        init_std=0.05,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        t5=T5Config(num_encoder_layers=3, scaled_scores=True),
+    ),
     # Radford et al. 2019, Table 2; heads and dropout as in the configs released on Hugging Face.
     "gpt2-124m": _gpt2(12, 768, 12),
     "gpt2-355m": _gpt2(24, 1024, 16),
@@ -267,6 +310,16 @@ PRESETS: Mapping[str, ModelConfig] = {
     "megatron-bert-336m": _megatron_bert(24, 1024, 16),
     "megatron-bert-1.3b": _megatron_bert(24, 2048, 32),
     "megatron-bert-3.9b": _megatron_bert(48, 2560, 40),
+    "t5-small": _t5(6, 512, 8, 64, 2048),
+    "t5-base": _t5(12, 768, 12, 64, 3072),
+    "t5-large": _t5(24, 1024, 16, 64, 4096),
+    "t5-3b": _t5(24, 1024, 32, 128, 16384),
+    "t5-11b": _t5(24, 1024, 128, 128, 65536),
+    "t5-v1.1-small": _t5_v11(8, 512, 6, 1024),
+    "t5-v1.1-base": _t5_v11(12, 768, 12, 2048),
+    "t5-v1.1-large": _t5_v11(24, 1024, 16, 2816),
+    "t5-v1.1-xl": _t5_v11(24, 2048, 32, 5120),
+    "t5-v1.1-xxl": _t5_v11(24, 4096, 64, 10240),
     "mixtral-8x7b": _mixtral(32, 4096, 32, 14336, vocab_size=32000, max_sequence_length=32768),
     "mixtral-8x22b": _mixtral(56, 6144, 48, 16384, vocab_size=32768, max_sequence_length=65536),
     # DeepSeek-AI 2024 (arXiv:2405.04434), appendix B, and the released config of DeepSeek-V2-Lite: softmax scores over

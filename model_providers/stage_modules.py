@@ -72,7 +72,7 @@ class Block(PlanModule, TransformerLayer):
         *,
         is_causal: bool = True,
     ):
-        parts = self.parts_of(kernels, config, experts, is_causal)
+        parts = self.parts_of(kernels, config, groups, experts, is_causal)
         super().__init__(config, parts, layer_number=layer_index + 1, pg_collection=groups)
         self.rotary, self.masks = rotary, masks
 
@@ -83,7 +83,11 @@ class Block(PlanModule, TransformerLayer):
 
     @staticmethod
     def parts_of(
-        kernels: Kernels, config: TransformerConfig, experts: ExpertPlace | None, is_causal: bool
+        kernels: Kernels,
+        config: TransformerConfig,
+        groups: Any,
+        experts: ExpertPlace | None,
+        is_causal: bool,
     ) -> TransformerLayerSubmodules:
         return kernels.block_submodules(config, experts, is_causal=is_causal)
 
@@ -98,12 +102,17 @@ class Block(PlanModule, TransformerLayer):
             )
         return value._replace(hidden=hidden)
 
-    def _cos_sin(self, value: GPTValue) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _cos_sin(self, value: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
         if self.rotary is None:
             return None
-        shards = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        start = value.cache.sequence_len_offset if value.cache is not None else 0
-        return self.rotary.cos_sin(start, start + value.hidden.size(0) * shards, value.hidden)
+        cache = getattr(value, "cache", None)
+        start = cache.sequence_len_offset if cache is not None else 0
+        return self.rotary.cos_sin(
+            start, start + value.hidden.size(0) * self._sequence_shards(), value.hidden
+        )
+
+    def _sequence_shards(self) -> int:
+        return self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
 
 
 class PostNormBlock(Block):
@@ -118,7 +127,11 @@ class PostNormBlock(Block):
 
     @staticmethod
     def parts_of(
-        kernels: Kernels, config: TransformerConfig, experts: ExpertPlace | None, is_causal: bool
+        kernels: Kernels,
+        config: TransformerConfig,
+        groups: Any,
+        experts: ExpertPlace | None,
+        is_causal: bool,
     ) -> TransformerLayerSubmodules:
         return kernels.block_submodules(config, experts, is_causal=is_causal, has_norms=False)
 

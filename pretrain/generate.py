@@ -16,6 +16,7 @@ from model_providers.building import solo_groups
 from model_providers.config import ModelConfig
 from model_providers.families import PLAN_BUILDERS
 from model_providers.generation import generation_cache, next_logits
+from model_providers.layer_plan import LayerPlan
 from model_providers.layout import Layout, TensorPlace
 from pretrain.checkpoint import store
 from pretrain.checkpoint.store import CONFIG, TOKENIZER, WEIGHTS
@@ -24,6 +25,11 @@ from pretrain.config import RunConfig
 from pretrain.engine.layers import build_layers, tied_names
 from pretrain.errors import RunError
 from pretrain.run_file import read_yaml
+
+WAYS = {
+    "gpt": "a GPT, which continues texts: megaloom generate",
+    "bert": "a BERT, which fills in masked words: megaloom fill",
+}
 
 
 @dataclass(frozen=True)
@@ -91,10 +97,23 @@ def choose(logits: torch.Tensor, sampling: Sampling, random: torch.Generator) ->
     return int(torch.multinomial(probabilities, 1, generator=random))
 
 
-def load_generator(path: Path, device: torch.device) -> Generator:
-    """From a checkpoint's folder, or a run's folder, of which it takes the latest."""
+@dataclass(frozen=True)
+class Trained:
+    """A model out of a checkpoint, in one process."""
+
+    layers: list[nn.Module]
+    config: RunConfig
+    tokenizer: Tokenizer
+    device: torch.device
+    plan: LayerPlan
+
+
+def load_trained(path: Path, device: torch.device, *, family: str | None = None) -> Trained:
+    """From a checkpoint's folder, or the latest of a run's folder; ``family``: the only one that will do."""
     folder = whole_checkpoint(path)
     config = RunConfig(**read_yaml(folder / CONFIG))
+    if family is not None and config.model.family != family:
+        raise RunError(f"checkpoint={path}: {WAYS[config.model.family]}")
     layout = Layout(tp=1, pp=1, dp=1)
     plan = PLAN_BUILDERS[config.model.family](
         config.model,
@@ -109,7 +128,12 @@ def load_generator(path: Path, device: torch.device) -> Generator:
     loader = WeightLoader(folder / WEIGHTS, TensorPlace(), tied=tied_names(plan))
     layers = [layer.module for layer in build_layers(root, plan.layers, plan.ties, [loader])]
     root.eval()
-    return Generator(layers, config.model, load_tokenizer(str(folder / TOKENIZER)), device)
+    return Trained(layers, config, load_tokenizer(str(folder / TOKENIZER)), device, plan)
+
+
+def load_generator(path: Path, device: torch.device) -> Generator:
+    trained = load_trained(path, device, family="gpt")
+    return Generator(trained.layers, trained.config.model, trained.tokenizer, device)
 
 
 def whole_checkpoint(path: Path) -> Path:

@@ -5,10 +5,10 @@ from typing import Any, Literal, NamedTuple
 
 from model_providers.config import ModelConfig
 from model_providers.errors import ModelError
-from model_providers.hugging_face import bert, deepseek, gpt2, llama
+from model_providers.hugging_face import bert, deepseek, gpt2, llama, t5
 
 Family = Literal[
-    "gpt2", "bert", "roberta", "llama", "mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3"
+    "gpt2", "bert", "roberta", "t5", "llama", "mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3"
 ]  # their `model_type`
 
 
@@ -26,6 +26,7 @@ ARCHITECTURES: dict[Family, Architecture] = {
     "llama": Architecture("Llama", llama.obstacles, llama.config_from, llama.config_to),
     "bert": Architecture("BERT", bert.obstacles, bert.config_from, bert.config_to),
     "roberta": Architecture("RoBERTa", bert.roberta_obstacles, bert.roberta_from, bert.roberta_to),
+    "t5": Architecture("T5", t5.obstacles, t5.config_from, t5.config_to),
     "mixtral": Architecture("Mixtral", llama.mixtral_obstacles, llama.mixtral_from, llama.mixtral_to),
     "qwen3_moe": Architecture(
         "Qwen3-MoE", llama.qwen3_moe_obstacles, llama.qwen3_moe_from, llama.qwen3_moe_to

@@ -6,7 +6,14 @@ from typing import Any
 from model_providers.config import ModelConfig
 
 # What no architecture here has, but for those that ask for it themselves.
-PLAIN: dict[str, Any] = {"sliding_window": None, "moe": None, "mla": None, "mtp": None, "bert": None}
+PLAIN: dict[str, Any] = {
+    "sliding_window": None,
+    "moe": None,
+    "mla": None,
+    "mtp": None,
+    "bert": None,
+    "t5": None,
+}
 
 
 def differences(model: ModelConfig, wanted: Mapping[str, Any]) -> list[str]:

@@ -5,7 +5,14 @@ from collections.abc import Callable, Collection, Iterator
 import torch
 
 from model_providers.config import ModelConfig
-from model_providers.hugging_face import bert_weights, deepseek_weights, entries, gpt2_weights, llama_weights
+from model_providers.hugging_face import (
+    bert_weights,
+    deepseek_weights,
+    entries,
+    gpt2_weights,
+    llama_weights,
+    t5_weights,
+)
 from model_providers.hugging_face.architectures import Family, family
 from model_providers.hugging_face.entries import HEAD, WORDS, Entry, Weights
 
@@ -14,6 +21,7 @@ ENTRIES: dict[Family, Callable[[ModelConfig], Iterator[Entry]]] = {
     "llama": llama_weights.entries,
     "bert": bert_weights.entries,
     "roberta": bert_weights.roberta_entries,
+    "t5": t5_weights.entries,
     "mixtral": llama_weights.mixtral_entries,
     "qwen3_moe": llama_weights.qwen3_moe_entries,
     "deepseek_v2": deepseek_weights.entries,

@@ -16,6 +16,16 @@ EXACT = {
     "llama3-8b": 8_030_261_248,
     "llama3-70b": 70_553_706_496,
     "llama3-405b": 405_853_388_800,
+    "t5-small": 60_506_624,
+    "t5-base": 222_903_552,
+    "t5-large": 737_668_096,
+    "t5-3b": 2_851_598_336,
+    "t5-11b": 11_307_321_344,
+    "t5-v1.1-small": 76_961_152,
+    "t5-v1.1-base": 247_577_856,
+    "t5-v1.1-large": 783_150_080,
+    "t5-v1.1-xl": 2_849_757_184,
+    "t5-v1.1-xxl": 11_135_332_352,
     "bert-base": 110_106_428,
     "bert-large": 336_226_108,
     "roberta-base": 124_697_433
@@ -105,7 +115,17 @@ def test_megatron_formula_of_table_1() -> None:
 
 
 def test_every_preset_is_tested_or_ours() -> None:
-    ours = {"tiny", "demo", "tiny-moe", "demo-moe", "tiny-deepseek", "tiny-bert", "demo-bert"}
+    ours = {
+        "tiny",
+        "demo",
+        "tiny-moe",
+        "demo-moe",
+        "tiny-deepseek",
+        "tiny-bert",
+        "demo-bert",
+        "tiny-t5",
+        "demo-t5",
+    }
     assert set(PRESETS) == {*EXACT, *EXACT_WITHOUT_MTP, *PRINTED, *ours}
 
 

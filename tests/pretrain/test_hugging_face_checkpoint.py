@@ -22,10 +22,11 @@ from launch.export import main as export
 from launch.export import size_in_bytes
 from launch.import_weights import main as import_weights
 from model_providers.errors import ModelError
-from model_providers.generation import generation_cache, next_logits
 from pretrain.errors import RunError
-from pretrain.generate import load_generator
+from pretrain.generate import load_trained
+from tests.model_providers.test_bert import bert
 from tests.model_providers.test_hugging_face_experts import deepseek_v3
+from tests.model_providers.test_t5 import t5
 from tests.pretrain.test_resume import eight, train
 from tests.ranks import RankPool
 
@@ -44,6 +45,9 @@ THEIRS: dict[str, Any] = {
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=257, n_embd=32, n_layer=2, n_head=4, n_positions=64)
     ),
+    "bert": bert,
+    "t5": lambda: t5("t5"),
+    "t5-1.1": lambda: t5("t5-1.1"),
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)),
     "deepseek_v3": deepseek_v3,
 }
@@ -62,11 +66,15 @@ def test_what_comes_in_goes_out_unchanged(tmp_path: Path, kind: str, shard_size:
     assert before.keys() <= after.keys() | {"lm_head.weight"}
     assert all(torch.equal(after[name], before[name]) for name in before if name in after)
     assert (tmp_path / "back" / "model.safetensors.index.json").exists() == (shard_size != "5GB")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    again = type(theirs).from_pretrained(tmp_path / "back").eval()
     tokens = torch.arange(40).reshape(2, 20)
-    torch.testing.assert_close(again(tokens).logits, theirs(tokens).logits, rtol=1e-5, atol=1e-5)
-    mine = logits_of(tmp_path / "ours", tokens)
-    torch.testing.assert_close(mine, theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+    inputs = {"input_ids": tokens}
+    if kind.startswith("t5"):
+        inputs["decoder_input_ids"] = tokens[:, :7]
+    wanted = theirs(**inputs)[0]
+    torch.testing.assert_close(again(**inputs)[0], wanted, rtol=1e-5, atol=1e-5)
+    mine = logits_of(tmp_path / "ours", tuple(inputs.values()))
+    torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-4)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -78,10 +86,14 @@ def byte_tokenizer(folder: Path) -> None:
 
 
 @torch.no_grad()
-def logits_of(run: Path, tokens: torch.Tensor) -> torch.Tensor:
-    speaker = load_generator(run, torch.device("cpu"))
-    cache = generation_cache(speaker.model, batch_size=len(tokens), max_length=tokens.size(1))
-    return next_logits(speaker.layers, tokens, cache, speaker.model)[..., : speaker.model.known_vocab_size]
+def logits_of(run: Path, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """[b s v]"""
+    trained = load_trained(run, torch.device("cpu"))
+    value: Any = inputs if len(inputs) > 1 else inputs[0]
+    for layer in trained.layers:
+        value = layer(value)
+    logits = value if isinstance(value, torch.Tensor) else value[0]
+    return logits.transpose(0, 1)[..., : trained.config.model.known_vocab_size]
 
 
 EXPERTS = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 24}
@@ -107,7 +119,7 @@ def test_a_run_of_any_layout_opens_with_transformers(
     export([str(folder), "--out", str(tmp_path / "out")])
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     tokens = torch.arange(32).reshape(2, 16)
-    torch.testing.assert_close(logits_of(folder, tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_of(folder, (tokens,)), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_the_tokenizer_goes_along(tmp_path: Path) -> None:

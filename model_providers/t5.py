@@ -1,0 +1,90 @@
+"""T5 as a plan of layers: embedding, encoder, norm, the decoder's embedding, decoder, norm, head."""
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from model_providers.building import NO_RECOMPUTE, WORD_EMBEDDINGS, Building, Construct, checkpoint
+from model_providers.config import ModelConfig
+from model_providers.errors import ModelError
+from model_providers.layer_plan import LayerPlan, Recompute, T5Inputs, T5Value, Tie
+from model_providers.layout import Layout
+from model_providers.losses import VocabularyShare, WeightedLoss
+from model_providers.masks import MaskMaker
+from model_providers.rotary import RotaryTable
+from model_providers.t5_modules import SourceEmbedding, StackBlock, StackNorm, TargetEmbedding, TargetHead
+
+RELATIVE_BIAS = "relative_bias.weight"
+
+
+def build_plan(
+    model: ModelConfig,
+    layout: Layout,
+    groups: Any,
+    *,
+    seed: int,
+    sequence_length: int,
+    target_length: int | None = None,
+    params_dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    kernels: str = "auto",
+    recompute: Recompute = NO_RECOMPUTE,
+    nodes: Any = None,
+) -> LayerPlan:
+    """As `gpt.build_plan`; ``sequence_length`` is the encoder's, ``target_length`` the decoder's."""
+    if model.t5 is None:
+        raise ModelError("family=t5: the model has no t5 section; name a preset such as t5-small")
+    building = Building.prepare(
+        model,
+        layout,
+        groups,
+        seed=seed,
+        sequence_length=sequence_length,
+        target_length=target_length,
+        params_dtype=params_dtype,
+        device=device,
+        kernels=kernels,
+        recompute=recompute,
+    )
+    config, chosen = building.config, building.kernels
+    rotary = RotaryTable(model) if model.position_embedding == "rotary" else None
+    masks = MaskMaker()
+
+    def block(index: int, is_causal: bool) -> StackBlock:
+        return StackBlock(model, config, groups, chosen, index, rotary, masks, is_causal=is_causal)
+
+    modules: dict[str, Construct] = {"embedding": partial(SourceEmbedding, model, config, groups)}
+    for index in range(model.t5.num_encoder_layers):
+        modules[f"encoder.{index}"] = partial(block, index, False)
+    modules["encoder_norm"] = partial(StackNorm, config, chosen)
+    modules["decoder_embedding"] = partial(TargetEmbedding, model, config, groups)
+    for index in range(model.num_layers):
+        modules[f"decoder.{index}"] = partial(block, index, True)
+    modules["final_norm"] = partial(StackNorm, config, chosen)
+    modules["head"] = partial(TargetHead, model, config, groups, chosen)
+    ties = _ties(model)
+    return LayerPlan(
+        layers=building.layers(modules, ties, checkpointable=("encoder.", "decoder.")),
+        ties=ties,
+        loss=WeightedLoss(VocabularyShare(model.known_vocab_size, model.padded_vocab_size, groups.tp)),
+        inputs_type=T5Inputs,
+        value_type=T5Value,
+        recompute=recompute,
+        checkpoint_function=checkpoint,
+    )
+
+
+def _ties(model: ModelConfig) -> tuple[Tie, ...]:
+    """One table of words for all, and of distances for each stack."""
+    assert model.t5 is not None
+    ties = [Tie("embedding", WORD_EMBEDDINGS, "decoder_embedding", WORD_EMBEDDINGS)]
+    if model.position_embedding == "relative":
+        for stack, count in (("encoder", model.t5.num_encoder_layers), ("decoder", model.num_layers)):
+            ties += [
+                Tie(f"{stack}.0", RELATIVE_BIAS, f"{stack}.{index}", RELATIVE_BIAS)
+                for index in range(1, count)
+            ]
+    if model.tie_embeddings:
+        ties.append(Tie("embedding", WORD_EMBEDDINGS, "head", "weight"))
+    return tuple(ties)
