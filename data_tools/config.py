@@ -15,7 +15,9 @@ from pydantic import (
     model_validator,
 )
 
-from data_tools.objectives import Objective
+from data_tools.errors import DataError
+from data_tools.objectives import Objective, SpanCorruption
+from data_tools.span_corruption import lengths
 
 SPLIT_PARTS = ("train", "valid", "test")
 VALID_FROM_SPLIT, TEST_FROM_SPLIT = "valid", "test"
@@ -96,6 +98,15 @@ class DataConfig(BaseModel):
         if isinstance(split, str):
             parse_split(split)
         return split
+
+    @model_validator(mode="after")
+    def _spans_fit(self) -> "DataConfig":
+        if isinstance(self.objective, SpanCorruption):
+            try:
+                lengths(self.objective, self.sequence_length)
+            except DataError as fault:
+                raise ValueError(str(fault)) from None
+        return self
 
     @model_validator(mode="after")
     def _names_do_not_collide(self) -> "DataConfig":

@@ -18,6 +18,7 @@ from data_tools import packing
 from data_tools.blended_dataset import BlendedDataset
 from data_tools.errors import DataError
 from data_tools.masked_batches import MaskedBatch, MaskedBatches
+from data_tools.span_corruption import CorruptedBatches, StackedBatch
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class GPTBatch:
     loss_mask: np.ndarray | None  # bool [b s], None where every token counts
 
 
-Batch = GPTBatch | MaskedBatch
+Batch = GPTBatch | MaskedBatch | StackedBatch
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class StepShape:
 
 
 class SampleSource:
-    """A blend of corpora, and how its samples become batches."""
+    """A blend of corpora, and how its samples become batches: of the next token, or as ``maker`` makes them."""
 
     def __init__(
         self,
@@ -67,11 +68,11 @@ class SampleSource:
         *,
         reset_at_documents: bool,
         mask_boundary_loss: bool,
-        masked: MaskedBatches | None = None,
+        maker: MaskedBatches | CorruptedBatches | None = None,
     ):
         self.name, self.dataset = name, dataset
         self._reset_at_documents, self._mask_boundary_loss = reset_at_documents, mask_boundary_loss
-        self._masked = masked
+        self._maker = maker
 
     def loader(self, shape: StepShape, *, consumed_samples: int = 0) -> "SampleLoader":
         """An endless loader for training."""
@@ -94,9 +95,9 @@ class SampleSource:
         """The samples of these numbers; those from ``num_samples`` on are fillers that do not count."""
         length = self.dataset.sequence_length
         real = [num_samples is None or number < num_samples for number in numbers]
-        if self._masked is not None:
+        if self._maker is not None:
             there = [number if counts else 0 for number, counts in zip(numbers, real, strict=True)]
-            return self._masked.batch(self.dataset, there, real)
+            return self._maker.batch(self.dataset, there, real)
         samples = [
             self.dataset.sample(number if counts else 0) for number, counts in zip(numbers, real, strict=True)
         ]

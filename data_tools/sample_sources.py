@@ -16,8 +16,9 @@ from data_tools.gpt_dataset import GPTDataset
 from data_tools.index_cache import IndexCache
 from data_tools.loader import SampleSource
 from data_tools.masked_batches import NUM_SPECIAL, MaskedBatches
-from data_tools.objectives import MaskedLM
+from data_tools.objectives import MaskedLM, SpanCorruption
 from data_tools.piece_dataset import PieceDataset
+from data_tools.span_corruption import CorruptedBatches, lengths
 from data_tools.special_tokens import special_tokens
 from data_tools.tokenizer import Tokenizer
 from data_tools.words import WordTable
@@ -74,21 +75,20 @@ class SourceMaker:
             blend,
             reset_at_documents=self._config.documents == "reset",
             mask_boundary_loss=self._config.mask_boundary_loss,
-            masked=self._masked(self._config.seed if name == TRAIN else EVALUATION_SEED),
+            maker=self._maker(self._config.seed if name == TRAIN else EVALUATION_SEED),
         )
 
-    def _masked(self, seed: int) -> MaskedBatches | None:
-        objective, tokenizer = self._config.objective, self._tokenizer
-        if not isinstance(objective, MaskedLM):
+    def _maker(self, seed: int) -> MaskedBatches | CorruptedBatches | None:
+        objective, tokenizer, length = self._config.objective, self._tokenizer, self._config.sequence_length
+        if objective is None or tokenizer is None:
             return None
-        assert tokenizer is not None
-        return MaskedBatches(
-            objective,
-            special_tokens(tokenizer, objective),
-            WordTable(tokenizer),
-            length=self._config.sequence_length,
-            seed=seed,
-        )
+        special = special_tokens(tokenizer, objective)
+        if isinstance(objective, MaskedLM):
+            return MaskedBatches(objective, special, WordTable(tokenizer), length=length, seed=seed)
+        if isinstance(objective, SpanCorruption):
+            end = tokenizer.end_of_document
+            return CorruptedBatches(objective, special, length=length, seed=seed, end=end)
+        return None
 
     def _datasets(self, refs: Sequence[CorpusRef], *, bounds: tuple[float, float], seed: int) -> Datasets:
         return [
@@ -100,6 +100,8 @@ class SourceMaker:
         first, last = (round(bound * corpus.index.num_documents) for bound in bounds)
         length, objective = self._config.sequence_length, self._config.objective
         part: dict[str, Any] = {"seed": seed, "first": first, "last": last, "cache": self._cache}
+        if isinstance(objective, SpanCorruption):
+            return GPTDataset(corpus, sequence_length=lengths(objective, length).text, **part)
         if not isinstance(objective, MaskedLM):
             return GPTDataset(corpus, sequence_length=length, **part)
         text = length - NUM_SPECIAL[objective.second_task]

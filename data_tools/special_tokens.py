@@ -18,6 +18,7 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "prefix": ("<|fim_prefix|>", "<fim_prefix>", "<fim-prefix>"),
     "middle": ("<|fim_middle|>", "<fim_middle>", "<fim-middle>"),
     "suffix": ("<|fim_suffix|>", "<fim_suffix>", "<fim-suffix>"),
+    **{f"mode-{mode}": (f"[{mode}]",) for mode in "RSX"},
     **{f"sentinel-{i}": (f"<extra_id_{i}>",) for i in range(NUM_SENTINELS)},
 }
 
@@ -29,7 +30,8 @@ def roles_of(objective: Objective | None) -> tuple[str, ...]:
     if isinstance(objective, FillInTheMiddle):
         return ("prefix", "middle", "suffix")
     if isinstance(objective, SpanCorruption):
-        return ("padding", *(f"sentinel-{i}" for i in range(NUM_SENTINELS)))
+        modes = tuple(f"mode-{mode}" for mode in "RSX") if objective.mixture == "ul2" else ()
+        return ("padding", *modes, *(f"sentinel-{i}" for i in range(NUM_SENTINELS)))
     return ()
 
 

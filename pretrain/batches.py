@@ -14,8 +14,9 @@ import torch.distributed as dist
 from data_tools.loader import Batch, GPTBatch, SampleLoader, SampleSource, StepShape
 from data_tools.masked_batches import MaskedBatch
 from data_tools.ranks import Ranks
+from data_tools.span_corruption import StackedBatch
 from data_tools.training_data import TrainingData, open_data
-from model_providers.layer_plan import BERTInputs, GPTInputs
+from model_providers.layer_plan import BERTInputs, GPTInputs, T5Inputs
 from pretrain.config_io import Run
 from pretrain.engine.base import MicroBatch
 from pretrain.engine.groups import Groups
@@ -97,6 +98,8 @@ def _inputs(batch: Batch, groups: Groups) -> torch.Tensor | tuple[torch.Tensor, 
     tokens, segments = _tensor(batch.tokens, groups), _tensor(batch.segments, groups)
     if isinstance(batch, GPTBatch):
         return GPTInputs(tokens, segments).to_wire()
+    if isinstance(batch, StackedBatch):
+        return T5Inputs(tokens, _tensor(batch.targets, groups), segments).to_wire()
     return BERTInputs(tokens, _tensor(batch.types, groups), segments).to_wire()
 
 

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field
 
 from data_tools.config import DataConfig
+from data_tools.objectives import SpanCorruption
+from data_tools.span_corruption import lengths
 from model_providers.config import Facts, ModelConfig
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -212,7 +214,7 @@ class RunConfig(Facts):
 
     name: str = Field("run", pattern=r"^[\w.-]+$")
     out: str = Field("runs_out", description="folder; the run writes into out/name")
-    family: Literal["gpt", "bert"] | None = Field(
+    family: Literal["gpt", "bert", "t5"] | None = Field(
         None, description="kind of model, the preset's; the program that trains it is pretrain.<family>"
     )
     model: ModelConfig
@@ -231,6 +233,14 @@ class RunConfig(Facts):
     kernels: Literal["auto", "te", "torch"] = "auto"
     nvme_path: str | None = Field(None, description="folder on a local NVMe disk, for offload to nvme")
     deepspeed: str = Field("zero1.json", description="DeepSpeed JSON: a path, or a file of ds_configs/")
+
+    @property
+    def target_length(self) -> int | None:
+        """Tokens of a decoder beside an encoder; None where there is one stack."""
+        objective = self.data.objective
+        if not isinstance(objective, SpanCorruption):
+            return None
+        return lengths(objective, self.data.sequence_length).targets
 
 
 # `precision: bf16` means `precision: {dtype: bf16}`, and so on.

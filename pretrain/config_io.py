@@ -78,7 +78,9 @@ class Run:
     @cached_property
     def stage_bounds(self) -> tuple[int, ...]:
         """The first layer of each virtual pipeline stage, and the number of layers."""
-        costs = layer_costs(self.config.model, self.config.data.sequence_length)
+        costs = layer_costs(
+            self.config.model, self.config.data.sequence_length, target_length=self.config.target_length
+        )
         return tuple(
             partition_by(
                 self.config.layout.partition,

@@ -74,7 +74,9 @@ def sizes(config: RunConfig, world_size: int, found: list[str]) -> tuple[Layout 
 
 def faults(run: "Run") -> list[str]:
     """Everything that is wrong with a run, in the order of the rules."""
-    found = layout_problems(run.config.model, run.layout, run.config.data.sequence_length)
+    found = layout_problems(
+        run.config.model, run.layout, run.config.data.sequence_length, run.config.target_length
+    )
     return found + [sentence for rule in RULES if (sentence := rule(run)) is not None]
 
 

@@ -3,14 +3,14 @@
 from typing import TYPE_CHECKING
 
 from data_tools.masked_batches import NUM_SPECIAL
-from data_tools.objectives import MaskedLM
+from data_tools.objectives import MaskedLM, SpanCorruption
 from data_tools.piece_dataset import SHORTEST
 from pretrain.optimizer_rules import Rule
 
 if TYPE_CHECKING:  # Run holds what the rules look at; config_io imports this module
     from pretrain.config_io import Run
 
-OBJECTIVES = {"gpt": (None, "fim", "prefix_lm"), "bert": ("mlm",)}
+OBJECTIVES = {"gpt": (None, "fim", "prefix_lm"), "bert": ("mlm",), "t5": ("span_corruption",)}
 
 
 def family_is_the_models(run: "Run") -> str | None:
@@ -57,9 +57,32 @@ def masked_text_is_plain(run: "Run") -> str | None:
     return None
 
 
+def corrupted_text_is_plain(run: "Run") -> str | None:
+    data = run.config.data
+    if not isinstance(data.objective, SpanCorruption):
+        return None
+    if data.documents != "plain" or data.mask_boundary_loss:
+        return (
+            f"data.documents={data.documents}, data.mask_boundary_loss={data.mask_boundary_loss} with objective "
+            "span_corruption: these are for the next token; leave them out"
+        )
+    return None
+
+
+def relative_positions_recompute_whole_layers(run: "Run") -> str | None:
+    if run.config.recompute.mode == "selective" and run.config.model.position_embedding == "relative":
+        return (
+            "recompute.mode=selective with model.position_embedding=relative: its bias would lose its gradient; "
+            "use full or none, or rotary positions"
+        )
+    return None
+
+
 OBJECTIVE_RULES: tuple[Rule, ...] = (
     family_is_the_models,
     objective_fits_the_family,
     second_task_has_a_head,
     masked_text_is_plain,
+    corrupted_text_is_plain,
+    relative_positions_recompute_whole_layers,
 )

@@ -131,6 +131,7 @@ def make_plan(run: Run, groups: Groups) -> LayerPlan:
         groups.collection,
         seed=config.train.seed,
         sequence_length=config.data.sequence_length,
+        target_length=config.target_length,
         params_dtype=DTYPES[config.precision.dtype],
         device=groups.device,
         kernels=config.kernels,

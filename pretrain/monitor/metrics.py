@@ -60,7 +60,7 @@ class Metrics:
     def __init__(self, run: Run, device: torch.device):
         self._run, self._device = run, device
         self._flops_per_step = run.tokens_per_step * train_flops_per_token(
-            run.config.model, run.config.data.sequence_length
+            run.config.model, run.config.data.sequence_length, target_length=run.config.target_length
         )
         self._peak_flops_per_s = peak_flops_per_s(run, device)
 

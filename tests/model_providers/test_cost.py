@@ -40,6 +40,11 @@ MIXES = {
     "encoder with norms before": gpt2_like(bert={"norm": "pre", "token_types": 0, "sentence_head": False}),
 }
 
+STACKS = {
+    "t5": llama_like(num_kv_heads=None, position_embedding="relative", t5={"num_encoder_layers": 3}),
+    "t5 1.1, rotary": llama_like(num_kv_heads=None, tie_embeddings=False, t5={"num_encoder_layers": 1}),
+}
+
 # Whose routers keep a little more or less than is planned.
 MIXES_IN_ROUTING = {
     "gated shared experts": llama_like(
@@ -60,7 +65,9 @@ MIXES_IN_ROUTING = {
 }
 
 
-@pytest.mark.parametrize("model", (MIXES | MIXES_IN_ROUTING).values(), ids=MIXES | MIXES_IN_ROUTING)
+@pytest.mark.parametrize(
+    "model", (MIXES | MIXES_IN_ROUTING | STACKS).values(), ids=MIXES | MIXES_IN_ROUTING | STACKS
+)
 def test_parameters_are_those_of_the_built_model(model: ModelConfig) -> None:
     built = build(model)
     assert sum(parameter.numel() for parameter in built.layers.parameters()) == parameters(model)

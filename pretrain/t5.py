@@ -1,0 +1,17 @@
+"""Pretrain a T5: the program that the `deepspeed` launcher starts on every rank.
+
+deepspeed --module pretrain.t5 RUN.yaml --deepspeed_config ds_configs/zero1.json train.steps=100
+"""
+
+import sys
+
+from pretrain.program import run_program
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 when all steps are done or a signal was obeyed, 2 with one line on a user's mistake."""
+    return run_program("pretrain.t5", __doc__, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
