@@ -6,7 +6,7 @@ DEMO := demo
 GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ')
 RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 
-.PHONY: help install demo demo-corpus demo-moe test check format bench clean
+.PHONY: help install demo demo-corpus demo-moe demo-bert demo-t5 test check format bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -44,6 +44,22 @@ demo-moe: $(VENV)/.installed  ## the same with experts, shared out over two rank
 	@echo; echo "The loss curve:"; $(BIN)/megaloom plot loss $(DEMO)/moe
 	@echo; echo "How many tokens each expert took, in shares of a fair one:"; $(BIN)/megaloom plot experts $(DEMO)/moe
 	@echo; echo "The model continues 'def ':"; $(BIN)/megaloom generate $(DEMO)/moe --prompt 'def ' --tokens 80
+
+demo-bert: $(VENV)/.installed  ## an encoder that fills in masked words
+	@test -f $(DEMO)/stdlib.bin || $(MAKE) --no-print-directory demo-corpus
+	@rm -rf $(DEMO)/bert
+	$(BIN)/megaloom run pretrain/runs/demo-bert.yaml --ranks $(RANKS)
+	@echo; echo "The loss curve:"; $(BIN)/megaloom plot loss $(DEMO)/bert
+	@echo; echo "What it puts in place of [MASK]:"
+	$(BIN)/megaloom fill $(DEMO)/bert --text 'for i[MASK] range(10):' --text 'if x is not[MASK]:' --text 'def __init__([MASK], name):'
+
+demo-t5: $(VENV)/.installed  ## an encoder and a decoder that fills in spans
+	@test -f $(DEMO)/stdlib.bin || $(MAKE) --no-print-directory demo-corpus
+	@rm -rf $(DEMO)/t5
+	$(BIN)/megaloom run pretrain/runs/demo-t5.yaml --ranks $(RANKS)
+	@echo; echo "The loss curve:"; $(BIN)/megaloom plot loss $(DEMO)/t5
+	@echo; echo "What it puts in place of [MASK]:"
+	$(BIN)/megaloom fill $(DEMO)/t5 --text 'for i[MASK] range(10):' --text 'if x is[MASK]:' --text 'def __init__[MASK], name):'
 
 test: $(VENV)/.installed-dev  ## everything that CI runs
 	$(BIN)/ruff format --check .

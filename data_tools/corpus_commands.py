@@ -11,6 +11,7 @@ from data_tools import show
 from data_tools import verify as verifying
 from data_tools.corpus import Corpus
 from data_tools.documents import Skips
+from data_tools.show_objective import KINDS, samples
 from data_tools.summary import print_summary
 from data_tools.tokenizer import load_tokenizer
 
@@ -32,8 +33,20 @@ def inspect(
     tokenizer: Annotated[
         str | None, typer.Option(help="to decode with; by default the one saved with the corpus")
     ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(KINDS), help="show --first samples as this objective makes them instead"
+        ),
+    ] = None,
+    sequence_length: Annotated[int, typer.Option(min=1, help="with --objective: of a sample")] = 64,
 ) -> None:
     """Show a corpus: counts, a histogram of document lengths, documents as text."""
+    if objective is not None:
+        lines = samples(prefix, objective, count=first, length=sequence_length, tokenizer=tokenizer)
+        for line in lines:
+            print(line)
+        return
     corpus = Corpus(prefix)
     numbers = list(range(min(first, corpus.index.num_documents))) if document is None else document
     for line in show.statistics(corpus):

@@ -29,6 +29,7 @@ from pretrain.run_file import read_yaml
 WAYS = {
     "gpt": "a GPT, which continues texts: megaloom generate",
     "bert": "a BERT, which fills in masked words: megaloom fill",
+    "t5": "a T5, which fills in masked words: megaloom fill",
 }
 
 
