@@ -38,6 +38,7 @@ COMMANDS = {
         "launch.parity", "train a run file's model in its layout and in one process, and compare"
     ),
     "generate": Command("launch.generate", "continue a prompt from a checkpoint"),
+    "evaluate": Command("launch.evaluate", "perplexity, bits per byte and accuracy on held-out text"),
     "fill": Command("launch.fill", "fill in the masked words of a text with a trained encoder"),
     "export": Command("launch.export", "a checkpoint, as a folder that transformers opens"),
     "import": Command("launch.import_weights", "such a folder, as a checkpoint that a run begins from"),

@@ -25,3 +25,9 @@ def rank_environment(num_ranks: int, base: Mapping[str, str] | None = None) -> d
     # Megatron-LM's rule for overlapping tensor-parallel communication with the backward pass.
     environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     return environment
+
+
+def for_this_process() -> None:
+    """Before a command imports torch and DeepSpeed itself, which would remark on a machine without GPUs."""
+    if device_type() == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -7,6 +7,7 @@ import argparse
 import re
 from pathlib import Path
 
+from launch.env import for_this_process
 from pretrain.checkpoint import store
 from pretrain.errors import RunError
 
@@ -17,6 +18,7 @@ def main(argv: list[str]) -> None:
     words = parser().parse_args(argv)
     store.wanted(words.checkpoint, key="checkpoint")
     shard_bytes = size_in_bytes(words.shard_size)
+    for_this_process()
     from pretrain.checkpoint.hugging_face import export_checkpoint  # torch, several seconds
     from pretrain.generate import whole_checkpoint
 

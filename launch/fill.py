@@ -6,6 +6,7 @@ Words are checked here, before torch is imported.
 import argparse
 from pathlib import Path
 
+from launch.env import for_this_process
 from pretrain.checkpoint import store
 from pretrain.errors import RunError
 
@@ -16,6 +17,7 @@ def main(argv: list[str]) -> None:
         if value < 1:
             raise RunError(f"{name}={value}: must be 1 or more")
     store.wanted(words.checkpoint, key="checkpoint")
+    for_this_process()
     from pretrain.fill import fill  # torch and megatron-core, several seconds
 
     fill(words)

@@ -6,6 +6,7 @@ Words are checked here, before torch is imported.
 import argparse
 from pathlib import Path
 
+from launch.env import for_this_process
 from pretrain.checkpoint import store
 from pretrain.errors import RunError
 
@@ -13,6 +14,7 @@ from pretrain.errors import RunError
 def main(argv: list[str]) -> None:
     words = parser().parse_args(argv)
     check_words(words)
+    for_this_process()
     from pretrain.generate import speak  # torch and megatron-core, several seconds
 
     speak(words)

@@ -6,9 +6,12 @@ A run begins from it with checkpoint.weights_from=RUN, in any layout; `megaloom 
 import argparse
 from pathlib import Path
 
+from launch.env import for_this_process
+
 
 def main(argv: list[str]) -> None:
     words = parser().parse_args(argv)
+    for_this_process()
     from pretrain.checkpoint.hugging_face import import_checkpoint  # torch, several seconds
 
     out = import_checkpoint(words.source, words.out, sequence_length=words.sequence_length)

@@ -89,28 +89,29 @@ def to_device(batches: Sequence[Batch], groups: Groups) -> list[MicroBatch]:
     """A step's micro-batches; collective over the data-parallel group where losses are masked."""
     weights = _token_weights(batches, groups)
     return [
-        MicroBatch(_inputs(batch, groups), (_tensor(batch.labels, groups), weight, *more))
+        MicroBatch(inputs_of(batch, groups.device), (_tensor(batch.labels, groups.device), weight, *more))
         for batch, weight, more in zip(batches, weights, _sentences(batches, groups), strict=True)
     ]
 
 
-def _inputs(batch: Batch, groups: Groups) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    tokens, segments = _tensor(batch.tokens, groups), _tensor(batch.segments, groups)
+def inputs_of(batch: Batch, device: torch.device) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """What the plan's first layer takes, in wire form."""
+    tokens, segments = _tensor(batch.tokens, device), _tensor(batch.segments, device)
     if isinstance(batch, GPTBatch):
         return GPTInputs(tokens, segments).to_wire()
     if isinstance(batch, StackedBatch):
-        return T5Inputs(tokens, _tensor(batch.targets, groups), segments).to_wire()
-    return BERTInputs(tokens, _tensor(batch.types, groups), segments).to_wire()
+        return T5Inputs(tokens, _tensor(batch.targets, device), segments).to_wire()
+    return BERTInputs(tokens, _tensor(batch.types, device), segments).to_wire()
 
 
 def _sentences(batches: Sequence[Batch], groups: Groups) -> list[tuple[torch.Tensor, ...]]:
     """Labels and weights [b] of a second task per micro-batch; weights add up as the tokens' do."""
     if not isinstance(batches[0], MaskedBatch) or batches[0].sentence_labels is None:
         return [()] * len(batches)
-    there = [_tensor(batch.counts, groups).float() for batch in batches]  # type: ignore[union-attr]
+    there = [_tensor(batch.counts, groups.device).float() for batch in batches]  # type: ignore[union-attr]
     weights = _spread(there, groups)
     return [
-        (_tensor(batch.sentence_labels, groups), weight)  # type: ignore[union-attr]
+        (_tensor(batch.sentence_labels, groups.device), weight)  # type: ignore[union-attr]
         for batch, weight in zip(batches, weights, strict=True)
     ]
 
@@ -121,7 +122,7 @@ def _token_weights(batches: Sequence[Batch], groups: Groups) -> list[torch.Tenso
         shape = batches[0].labels.shape
         even = torch.full((1, 1), 1.0 / batches[0].labels.size, device=groups.device)
         return [even.expand(shape)] * len(batches)
-    return _spread([_tensor(batch.loss_mask, groups).float() for batch in batches], groups)
+    return _spread([_tensor(batch.loss_mask, groups.device).float() for batch in batches], groups)
 
 
 def _spread(masks: list[torch.Tensor], groups: Groups) -> list[torch.Tensor]:
@@ -132,5 +133,5 @@ def _spread(masks: list[torch.Tensor], groups: Groups) -> list[torch.Tensor]:
     return [mask * share for mask in masks]
 
 
-def _tensor(array, groups: Groups):  # type: ignore[no-untyped-def]
-    return None if array is None else torch.from_numpy(array).to(groups.device, non_blocking=True)
+def _tensor(array, device: torch.device):  # type: ignore[no-untyped-def]
+    return None if array is None else torch.from_numpy(array).to(device, non_blocking=True)

@@ -1,0 +1,133 @@
+"""`megaloom evaluate CHECKPOINT`: how well a trained model does on held-out text, in one process."""
+
+import argparse
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_tools.loader import Batch, SampleSource, StepShape
+from data_tools.masked_batches import MaskedBatch
+from data_tools.training_data import open_data
+from pretrain.batches import inputs_of
+from pretrain.errors import RunError
+from pretrain.generate import Trained, load_trained
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one set."""
+
+    samples: int
+    tokens: int  # that the model had to say
+    loss: float  # nats per token
+    bits_per_byte: float
+    accuracy: float  # of the likeliest token
+    sentence_accuracy: float | None = None  # of a second task
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    def told(self) -> dict[str, float | int]:
+        facts: dict[str, float | int] = {
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "accuracy": self.accuracy,
+        }
+        if self.sentence_accuracy is not None:
+            facts["sentence_accuracy"] = self.sentence_accuracy
+        return facts
+
+
+def evaluate(words: argparse.Namespace) -> None:
+    """Print what ``megaloom evaluate`` was asked for (`launch.evaluate` has the words)."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trained = load_trained(words.checkpoint, device)
+    sets = held_out_sets(trained, words.data)
+    wanted = words.set or list(sets)
+    unknown = [name for name in wanted if name not in sets]
+    if unknown:
+        raise RunError(f"--set={unknown[0]}: unknown; the run has {', '.join(sets) or 'none'}")
+    scores = {
+        name: score(trained, sets[name], num_samples=words.samples, micro_size=words.micro_size)
+        for name in wanted
+    }
+    if words.json:
+        print(json.dumps({name: found.told() for name, found in scores.items()}))
+        return
+    for name, found in scores.items():
+        print(name)
+        for key, value in found.told().items():
+            print(f"  {key:<18} {value:,}" if isinstance(value, int) else f"  {key:<18} {value:.4f}")
+
+
+def held_out_sets(trained: Trained, corpus: str | None) -> dict[str, SampleSource]:
+    """The run's own validation and test sets, or a corpus that the user names."""
+    config = trained.config.data
+    if corpus is not None:
+        named = {"train": corpus, "split": "100,0,0", "validation": {corpus: corpus}, "test": {}}
+        return open_data(type(config)(**{**config.model_dump(), **named})).validation
+    data = open_data(config)
+    found = {**data.validation, **data.test}
+    if not found:
+        raise RunError("the run held nothing out (data.split, data.validation); name a corpus: --data PREFIX")
+    return found
+
+
+@torch.no_grad()
+def score(trained: Trained, source: SampleSource, *, num_samples: int, micro_size: int) -> Score:
+    """Over the first ``num_samples`` samples of a set, or as many as there are."""
+    there = min(num_samples, source.dataset.num_distinct_samples())
+    size = min(micro_size, there)
+    loader = source.evaluation(StepShape(size), num_samples=there)
+    totals = np.zeros(4)  # nats, tokens, right ones, bytes
+    sentences = np.zeros(2)  # right ones, all
+    for (batch,) in loader:
+        output, logits = _outputs(trained, batch)
+        mask = _asked(batch)
+        losses = trained.plan.loss.token_losses(logits, torch.from_numpy(batch.labels).to(trained.device))  # type: ignore[attr-defined]
+        found = logits[..., : trained.config.model.known_vocab_size].argmax(dim=-1).t().cpu().numpy()  # [b s]
+        totals += (
+            float((losses.t().cpu().numpy() * mask).sum(dtype=np.float64)),
+            int(mask.sum()),
+            int(((found == batch.labels) & mask).sum()),
+            sum(_bytes(trained, row[some]) for row, some in zip(batch.labels, mask, strict=True)),
+        )
+        if isinstance(batch, MaskedBatch) and batch.sentence_labels is not None and batch.counts is not None:
+            guesses = output[1].argmax(dim=-1).cpu().numpy()
+            sentences += (((guesses == batch.sentence_labels) & batch.counts).sum(), batch.counts.sum())
+    nats, tokens, right, num_bytes = totals
+    return Score(
+        samples=there,
+        tokens=int(tokens),
+        loss=nats / max(1.0, tokens),
+        bits_per_byte=nats / math.log(2) / max(1.0, num_bytes),
+        accuracy=right / max(1.0, tokens),
+        sentence_accuracy=sentences[0] / sentences[1] if sentences[1] else None,
+    )
+
+
+def _outputs(trained: Trained, batch: Batch) -> tuple[Any, torch.Tensor]:
+    """What the last layer gives, and of it the logits [s b v]."""
+    value: Any = inputs_of(batch, trained.device)
+    for layer in trained.layers:
+        value = layer(value)
+    return value, value if isinstance(value, torch.Tensor) else value[0]
+
+
+def _asked(batch: Batch) -> np.ndarray:
+    return np.ones(batch.labels.shape, dtype=np.bool_) if batch.loss_mask is None else batch.loss_mask
+
+
+def _bytes(trained: Trained, tokens: np.ndarray) -> int:
+    """Of the text that these tokens spell; tokens that end or mark something spell none."""
+    end, size = trained.tokenizer.end_of_document, trained.tokenizer.vocab_size
+    text = tokens[(tokens != end) & (tokens < size)]
+    return len(trained.tokenizer.decode(text).encode())
