@@ -18,6 +18,7 @@ from data_tools import packing
 from data_tools.blended_dataset import BlendedDataset
 from data_tools.errors import DataError
 from data_tools.masked_batches import MaskedBatch, MaskedBatches
+from data_tools.rearranged import MiddleLast, PrefixBatch, PrefixBatches
 from data_tools.span_corruption import CorruptedBatches, StackedBatch
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class GPTBatch:
     loss_mask: np.ndarray | None  # bool [b s], None where every token counts
 
 
-Batch = GPTBatch | MaskedBatch | StackedBatch
+Batch = GPTBatch | PrefixBatch | MaskedBatch | StackedBatch
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,12 @@ class SampleSource:
         *,
         reset_at_documents: bool,
         mask_boundary_loss: bool,
-        maker: MaskedBatches | CorruptedBatches | None = None,
+        maker: MaskedBatches | CorruptedBatches | PrefixBatches | None = None,
+        rearrange: MiddleLast | None = None,
     ):
         self.name, self.dataset = name, dataset
         self._reset_at_documents, self._mask_boundary_loss = reset_at_documents, mask_boundary_loss
-        self._maker = maker
+        self._maker, self._rearrange = maker, rearrange
 
     def loader(self, shape: StepShape, *, consumed_samples: int = 0) -> "SampleLoader":
         """An endless loader for training."""
@@ -101,6 +103,10 @@ class SampleSource:
         samples = [
             self.dataset.sample(number if counts else 0) for number, counts in zip(numbers, real, strict=True)
         ]
+        if self._rearrange is not None:
+            samples = [
+                self._rearrange(sample, number) for sample, number in zip(samples, numbers, strict=True)
+            ]
         tokens = np.stack([sample.tokens for sample in samples])  # [b s+1]
         segments = mask = None
         if self._reset_at_documents:

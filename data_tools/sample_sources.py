@@ -16,8 +16,9 @@ from data_tools.gpt_dataset import GPTDataset
 from data_tools.index_cache import IndexCache
 from data_tools.loader import SampleSource
 from data_tools.masked_batches import NUM_SPECIAL, MaskedBatches
-from data_tools.objectives import MaskedLM, SpanCorruption
+from data_tools.objectives import FillInTheMiddle, MaskedLM, PrefixLM, SpanCorruption
 from data_tools.piece_dataset import PieceDataset
+from data_tools.rearranged import MiddleLast, PrefixBatches
 from data_tools.span_corruption import CorruptedBatches, lengths
 from data_tools.special_tokens import special_tokens
 from data_tools.tokenizer import Tokenizer
@@ -70,15 +71,24 @@ class SourceMaker:
 
     def _source(self, name: str, datasets: Datasets) -> SampleSource:
         blend = BlendedDataset([dataset for _, dataset in datasets], [ref.weight for ref, _ in datasets])
+        seed = self._config.seed if name == TRAIN else EVALUATION_SEED
         return SampleSource(
             name,
             blend,
             reset_at_documents=self._config.documents == "reset",
             mask_boundary_loss=self._config.mask_boundary_loss,
-            maker=self._maker(self._config.seed if name == TRAIN else EVALUATION_SEED),
+            maker=self._maker(seed),
+            rearrange=self._rearranger(seed),
         )
 
-    def _maker(self, seed: int) -> MaskedBatches | CorruptedBatches | None:
+    def _rearranger(self, seed: int) -> MiddleLast | None:
+        objective, tokenizer = self._config.objective, self._tokenizer
+        if not isinstance(objective, FillInTheMiddle) or tokenizer is None:
+            return None
+        special = special_tokens(tokenizer, objective)
+        return MiddleLast(objective, special, seed=seed, end=tokenizer.end_of_document)
+
+    def _maker(self, seed: int) -> MaskedBatches | CorruptedBatches | PrefixBatches | None:
         objective, tokenizer, length = self._config.objective, self._tokenizer, self._config.sequence_length
         if objective is None or tokenizer is None:
             return None
@@ -88,7 +98,7 @@ class SourceMaker:
         if isinstance(objective, SpanCorruption):
             end = tokenizer.end_of_document
             return CorruptedBatches(objective, special, length=length, seed=seed, end=end)
-        return None
+        return PrefixBatches(length=length, seed=seed) if isinstance(objective, PrefixLM) else None
 
     def _datasets(self, refs: Sequence[CorpusRef], *, bounds: tuple[float, float], seed: int) -> Datasets:
         return [

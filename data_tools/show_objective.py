@@ -9,6 +9,7 @@ from data_tools.config import DataConfig
 from data_tools.errors import DataError
 from data_tools.loader import GPTBatch
 from data_tools.masked_batches import MaskedBatch
+from data_tools.rearranged import PrefixBatch
 from data_tools.special_tokens import NAMES, SpecialTokens, special_tokens
 from data_tools.tokenizer import Tokenizer
 from data_tools.training_data import TrainingData, open_data
@@ -43,7 +44,7 @@ def samples(prefix: str, name: str, *, count: int, length: int, tokenizer: str |
         yield f"sample {number}"
         if isinstance(batch, MaskedBatch):
             yield from _masked(batch, number, write)
-        elif isinstance(batch, GPTBatch):
+        elif isinstance(batch, GPTBatch | PrefixBatch):
             yield f"  sees  {write(batch.tokens[number])}"
             if batch.loss_mask is not None:
                 yield f"  says  {write(batch.labels[number][batch.loss_mask[number]])}"

@@ -94,6 +94,8 @@ class ModelConfig(Facts):
     linear_bias: bool = False  # on all four linears of a block
     qkv_bias: bool = False  # on the query, key and value projection alone
     qk_norm: bool = False  # each head's query and key normalised before rotation
+    # prefix: the beginning of a text is seen both ways, as objective prefix_lm wants it
+    attention: Literal["causal", "prefix"] = "causal"
     sliding_window: int | None = Field(default=None, gt=0)  # a token sees itself and the window - 1 before it
     tie_embeddings: bool = True
 
@@ -193,7 +195,7 @@ class ModelConfig(Facts):
     @property
     def is_causal(self) -> bool:
         """Whether a token sees only what is before it."""
-        return self.bert is None
+        return self.bert is None and self.attention == "causal"
 
     @property
     def family(self) -> Literal["gpt", "bert", "t5"]:

@@ -47,11 +47,12 @@ def build_plan(
     )
     config, chosen = building.config, building.kernels
     rotary = RotaryTable(model) if model.position_embedding == "rotary" else None
-    masks = MaskMaker()
+    masks = MaskMaker(has_prefix=model.attention == "prefix")
     experts = ExpertPlace(groups, layout, nodes)
 
     def block(index: int, has_experts: bool) -> Block:
-        return Block(config, groups, chosen, index, rotary, masks, experts if has_experts else None)
+        placed = experts if has_experts else None
+        return Block(config, groups, chosen, index, rotary, masks, placed, is_causal=model.is_causal)
 
     def look_ahead(depth: int) -> LookAhead:
         inner = block(model.num_layers + depth - 1, model.moe is not None)

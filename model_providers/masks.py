@@ -16,18 +16,30 @@ def positions(tokens: torch.Tensor, segments: torch.Tensor | None, start: int = 
 
 
 class MaskMaker:
-    """The mask of the segments at hand, made once and shared by all layers of a rank."""
+    """The mask of the segments at hand, made once and shared by all layers of a rank.
 
-    def __init__(self) -> None:
-        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+    ``has_prefix``: segments are 0 in a text's prefix, which is seen both ways, and 1 after it.
+    """
+
+    def __init__(self, *, has_prefix: bool = False) -> None:
+        self._has_prefix = has_prefix
+        self._last: tuple[torch.Tensor, int, torch.Tensor] | None = None  # segments, their version, the mask
 
     def hidden(self, segments: torch.Tensor | None) -> torch.Tensor | None:
         """[b s] -> bool [b 1 s s], True for tokens of different documents (megatron-core's convention)"""
         if segments is None:
             return None
-        if self._last is None or self._last[0] is not segments:
-            self._last = (segments, segments[:, None, :, None] != segments[:, None, None, :])
-        return self._last[1]
+        last = self._last
+        if last is None or last[0] is not segments or last[1] != segments._version:
+            self._last = last = (segments, segments._version, self._made(segments))
+        return last[2]
+
+    def _made(self, segments: torch.Tensor) -> torch.Tensor:
+        if not self._has_prefix:
+            return segments[:, None, :, None] != segments[:, None, None, :]
+        length = segments.size(1)
+        later = ~_causal(length, length, length, segments.device)
+        return later & (segments != 0)[:, None, None, :]  # of what comes later, the prefix alone is seen
 
 
 def hidden_keys(segments: torch.Tensor | None) -> torch.Tensor | None:

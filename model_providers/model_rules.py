@@ -209,6 +209,20 @@ def relative_positions_are_t5s(model: "ModelConfig") -> str | None:
     return None
 
 
+def prefixes_are_gpts(model: "ModelConfig") -> str | None:
+    if model.attention == "causal":
+        return None
+    foreign = {
+        "sliding_window": model.sliding_window is not None,
+        "mla": model.mla is not None,
+        "mtp": model.mtp is not None,
+        "bert": model.bert is not None,
+        "t5": model.t5 is not None,
+    }
+    found = [key for key, is_set in foreign.items() if is_set]
+    return f"attention=prefix with {', '.join(found)}: not together here; leave out" if found else None
+
+
 RULES: tuple[Rule, ...] = (
     heads_divide_hidden_size,
     kv_heads_divide_heads,
@@ -229,4 +243,5 @@ RULES: tuple[Rule, ...] = (
     looking_ahead_needs_no_learned_positions,
     encoders_are_plain,
     relative_positions_are_t5s,
+    prefixes_are_gpts,
 )

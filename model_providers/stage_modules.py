@@ -31,7 +31,7 @@ class Embedding(PlanModule):
         has_positions = model.position_embedding == "learned"
         self.word_embeddings = word_embeddings(model, config, groups, scatters=not has_positions)
         self.looks_ahead = model.mtp is not None
-        self.position_embeddings = None
+        self.position_embeddings, self.restarts = None, model.attention != "prefix"
         if model.position_embedding == "learned":
             table = torch.empty(model.max_sequence_length, model.hidden_size, dtype=config.params_dtype)
             self.position_embeddings = nn.Embedding.from_pretrained(table, freeze=False)
@@ -48,7 +48,7 @@ class Embedding(PlanModule):
         if self.position_embeddings is None:
             return hidden
         start = value.cache.sequence_len_offset if value.cache is not None else 0
-        where = positions(value.tokens, value.segments, start)  # [1 s] or [b s]
+        where = positions(value.tokens, value.segments if self.restarts else None, start)  # [1 s] or [b s]
         return hidden + self.position_embeddings(where.t())
 
     def _scattered(self, value: GPTInputs) -> torch.Tensor:

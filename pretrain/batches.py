@@ -14,6 +14,7 @@ import torch.distributed as dist
 from data_tools.loader import Batch, GPTBatch, SampleLoader, SampleSource, StepShape
 from data_tools.masked_batches import MaskedBatch
 from data_tools.ranks import Ranks
+from data_tools.rearranged import PrefixBatch
 from data_tools.span_corruption import StackedBatch
 from data_tools.training_data import TrainingData, open_data
 from model_providers.layer_plan import BERTInputs, GPTInputs, T5Inputs
@@ -97,7 +98,7 @@ def to_device(batches: Sequence[Batch], groups: Groups) -> list[MicroBatch]:
 def inputs_of(batch: Batch, device: torch.device) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """What the plan's first layer takes, in wire form."""
     tokens, segments = _tensor(batch.tokens, device), _tensor(batch.segments, device)
-    if isinstance(batch, GPTBatch):
+    if isinstance(batch, GPTBatch | PrefixBatch):
         return GPTInputs(tokens, segments).to_wire()
     if isinstance(batch, StackedBatch):
         return T5Inputs(tokens, _tensor(batch.targets, device), segments).to_wire()

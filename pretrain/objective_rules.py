@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from data_tools.masked_batches import NUM_SPECIAL
-from data_tools.objectives import MaskedLM, SpanCorruption
+from data_tools.objectives import MaskedLM, PrefixLM, SpanCorruption
 from data_tools.piece_dataset import SHORTEST
 from pretrain.optimizer_rules import Rule
 
@@ -78,11 +78,29 @@ def relative_positions_recompute_whole_layers(run: "Run") -> str | None:
     return None
 
 
+def prefixes_are_seen(run: "Run") -> str | None:
+    data, attention = run.config.data, run.config.model.attention
+    has_prefix = isinstance(data.objective, PrefixLM)
+    if has_prefix and (data.documents != "plain" or data.mask_boundary_loss):
+        return (
+            f"data.documents={data.documents}, data.mask_boundary_loss={data.mask_boundary_loss} with objective "
+            "prefix_lm: a sample is one text there; leave them out"
+        )
+    if has_prefix != (attention == "prefix"):
+        kind = "none" if data.objective is None else data.objective.kind
+        return (
+            f"data.objective={kind} with model.attention={attention}: prefix_lm and attention=prefix go together; set "
+            "both, or neither"
+        )
+    return None
+
+
 OBJECTIVE_RULES: tuple[Rule, ...] = (
     family_is_the_models,
     objective_fits_the_family,
     second_task_has_a_head,
     masked_text_is_plain,
     corrupted_text_is_plain,
+    prefixes_are_seen,
     relative_positions_recompute_whole_layers,
 )

@@ -81,3 +81,28 @@ def test_plain_causal_attention_and_single_queries_need_no_mask() -> None:
     assert visible(8, 8, 8, None, cpu) is None
     late = visible(2, 5, None, None, cpu)
     assert late is not None and late.tolist() == [[True] * 4 + [False], [True] * 5]
+
+
+def test_a_prefix_is_seen_both_ways_and_nothing_else_ahead() -> None:
+    segments = torch.tensor([[0, 0, 0, 1, 1], [0, 1, 1, 1, 1]], dtype=torch.int32)
+    hidden = MaskMaker(has_prefix=True).hidden(segments)
+    assert hidden is not None
+    for row, length in enumerate((3, 1)):
+        for query in range(5):
+            for key in range(5):
+                assert bool(~hidden[row, 0, query, key]) == (key <= query or key < length)
+
+
+def test_a_prefix_changes_what_comes_before() -> None:
+    """In a causal model it does not: the first token's output is its own affair."""
+    model = llama_like(attention="prefix")
+    built = build(model)
+    tokens, _ = batch(model)
+    segments = torch.ones_like(tokens, dtype=torch.int32)
+    with torch.no_grad():
+        causal = built(GPTInputs(tokens, segments))
+        plain = build(llama_like())(tokens)
+        segments[:, :6] = 0
+        seen = built(GPTInputs(tokens, segments))
+    torch.testing.assert_close(causal, plain)
+    assert not torch.allclose(seen[0], plain[0]) and seen.shape == plain.shape

@@ -1,4 +1,4 @@
-"""BERT and T5 in every layout compute what one process computes."""
+"""BERT, T5 and other objectives in every layout compute what one process computes."""
 
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,10 @@ KINDS |= {
         "model__position_embedding": "rotary",
         "data__objective": {"kind": "span_corruption", "mixture": "ul2", "target_length": 24},
     },
+}
+KINDS |= {
+    "fim": {"model__vocab_size": None, "data__objective": "fim"},
+    "prefix-lm": {"model__attention": "prefix", "data__objective": "prefix_lm"},
 }
 SP2 = {"tp": 2, "sequence_parallel": True}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
