@@ -7,16 +7,23 @@ import argparse
 from pathlib import Path
 
 from launch.env import for_this_process
+from pretrain.errors import RunError
 
 
 def main(argv: list[str]) -> None:
     words = parser().parse_args(argv)
+    if words.sequence_length is not None and words.sequence_length < 1:
+        raise RunError(f"--sequence-length={words.sequence_length}: must be 1 or more")
     for_this_process()
     from pretrain.checkpoint.hugging_face import import_checkpoint  # torch, several seconds
 
-    out = import_checkpoint(words.source, words.out, sequence_length=words.sequence_length)
-    print(f"{words.source} -> {out}")
-    print(f"begin a run from it with checkpoint.weights_from={out} and the model section of its run.yaml")
+    for remark in import_checkpoint(words.source, words.out, sequence_length=words.sequence_length):
+        print(f"megaloom import: {remark}")
+    print(f"{words.source} -> {words.out}")
+    print(
+        f"begin a run from it with checkpoint.weights_from={words.out}, and the model section of "
+        f"{words.out}/checkpoints/step-0000000/run.yaml"
+    )
 
 
 def parser() -> argparse.ArgumentParser:

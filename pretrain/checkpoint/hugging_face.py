@@ -64,8 +64,10 @@ def export_checkpoint(checkpoint: Path, out: Path, *, dtype: str | None, shard_b
     return []
 
 
-def import_checkpoint(source: Path, out: Path, *, sequence_length: int | None = None) -> Path:
-    """Write a checkpoint of weights alone under the run folder ``out``, for `weights_from` and `generate`."""
+def import_checkpoint(source: Path, out: Path, *, sequence_length: int | None = None) -> list[str]:
+    """Write a checkpoint of weights alone under the run folder ``out``, for `weights_from` and `generate`; what a user
+    should know of it.
+    """
     _refuse_existing(out)
     theirs = _read_config(source)
     model = model_from_hugging_face(theirs)
@@ -94,7 +96,9 @@ def import_checkpoint(source: Path, out: Path, *, sequence_length: int | None = 
         (folder / CONFIG).write_text(to_yaml(config), "utf-8")
         _keep_tokenizer(source, folder / TOKENIZER)
         store.complete(folder, [store.record(folder, path) for path in store.files_of(folder)])
-    return out
+    if not absent:
+        return []
+    return [f"an encoder alone: {', '.join(entry.ours for entry in absent)} keep initial weights"]
 
 
 class _Whole:

@@ -22,6 +22,7 @@ from launch.export import main as export
 from launch.export import size_in_bytes
 from launch.import_weights import main as import_weights
 from model_providers.errors import ModelError
+from model_providers.layer_plan import BERTInputs
 from pretrain.errors import RunError
 from pretrain.generate import load_trained
 from tests.model_providers.test_bert import bert
@@ -146,6 +147,24 @@ def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
     assert facts["eos_token_id"] == again.eos_token_id == pieces.token_to_id("<|endoftext|>")
     assert facts["dtype"] == "bfloat16"
     assert {tensor.dtype for tensor in tensors(tmp_path / "back").values()} == {torch.bfloat16}
+
+
+def test_an_encoder_alone_keeps_initial_heads_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = bert().bert.eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    byte_tokenizer(tmp_path / "theirs")
+    import_weights([str(tmp_path / "theirs"), "--out", str(tmp_path / "ours")])
+    assert "an encoder alone: head.transform.weight" in capsys.readouterr().out
+    trained = load_trained(tmp_path / "ours", torch.device("cpu"))
+    tokens = torch.arange(40).reshape(2, 20)
+    value: Any = BERTInputs(tokens)
+    with torch.no_grad():
+        for layer in trained.layers[:-1]:
+            value = layer(value)
+        wanted = theirs(tokens).last_hidden_state
+    torch.testing.assert_close(value.hidden.transpose(0, 1), wanted, rtol=1e-5, atol=1e-5)
 
 
 def saved(folder: Path) -> Path:
