@@ -8,7 +8,16 @@ from model_providers.errors import ModelError
 from model_providers.hugging_face import bert, deepseek, gpt2, llama, t5
 
 Family = Literal[
-    "gpt2", "bert", "roberta", "t5", "llama", "mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3"
+    "gpt2",
+    "llama",
+    "bert",
+    "megatron-bert",
+    "roberta",
+    "t5",
+    "mixtral",
+    "qwen3_moe",
+    "deepseek_v2",
+    "deepseek_v3",
 ]  # their `model_type`
 
 
@@ -25,6 +34,9 @@ ARCHITECTURES: dict[Family, Architecture] = {
     "gpt2": Architecture("GPT-2", gpt2.obstacles, gpt2.config_from, gpt2.config_to),
     "llama": Architecture("Llama", llama.obstacles, llama.config_from, llama.config_to),
     "bert": Architecture("BERT", bert.obstacles, bert.config_from, bert.config_to),
+    "megatron-bert": Architecture(
+        "Megatron-BERT", bert.megatron_obstacles, bert.megatron_from, bert.megatron_to
+    ),
     "roberta": Architecture("RoBERTa", bert.roberta_obstacles, bert.roberta_from, bert.roberta_to),
     "t5": Architecture("T5", t5.obstacles, t5.config_from, t5.config_to),
     "mixtral": Architecture("Mixtral", llama.mixtral_obstacles, llama.mixtral_from, llama.mixtral_to),

@@ -1,4 +1,4 @@
-"""The configurations of BertForPreTraining and RobertaForMaskedLM."""
+"""The configurations of BertForPreTraining, RobertaForMaskedLM and MegatronBertForPreTraining."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,18 +14,21 @@ BERT_LIKE: dict[str, Any] = {
     "normalization": "layernorm",
     "linear_bias": True,
     "qk_norm": False,
-    "norms_after": True,
     "num_kv_heads": None,
 }
 FIRST_POSITION = 2  # RoBERTa counts positions from the padding's number on
 
 
 def obstacles(model: ModelConfig) -> list[str]:
-    return _obstacles(model, token_types=2, sentence_head=True)
+    return _obstacles(model, token_types=2, sentence_head=True, norm="post")
+
+
+def megatron_obstacles(model: ModelConfig) -> list[str]:
+    return _obstacles(model, token_types=2, sentence_head=True, norm="pre")
 
 
 def roberta_obstacles(model: ModelConfig) -> list[str]:
-    return _obstacles(model, token_types=1, sentence_head=False)
+    return _obstacles(model, token_types=1, sentence_head=False, norm="post")
 
 
 def _obstacles(model: ModelConfig, **wanted: Any) -> list[str]:
@@ -46,6 +49,12 @@ def _obstacles(model: ModelConfig, **wanted: Any) -> list[str]:
 
 def config_from(config: Mapping[str, Any]) -> ModelConfig:
     return model_from(_facts_from(config) | {"bert": {"token_types": 2, "sentence_head": True}})
+
+
+def megatron_from(config: Mapping[str, Any]) -> ModelConfig:
+    return model_from(
+        _facts_from(config) | {"bert": {"token_types": 2, "sentence_head": True, "norm": "pre"}}
+    )
 
 
 def roberta_from(config: Mapping[str, Any]) -> ModelConfig:
@@ -89,6 +98,11 @@ def config_to(model: ModelConfig) -> dict[str, Any]:
         "model_type": "bert",
         "type_vocab_size": 2,
     }
+
+
+def megatron_to(model: ModelConfig) -> dict[str, Any]:
+    kind = {"architectures": ["MegatronBertForPreTraining"], "model_type": "megatron-bert"}
+    return {**_facts_to(model), **kind, "type_vocab_size": 2}
 
 
 def roberta_to(model: ModelConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The tensors of BertForPreTraining and RobertaForMaskedLM."""
+"""The tensors of BertForPreTraining, RobertaForMaskedLM and MegatronBertForPreTraining."""
 
 from collections.abc import Iterator
 
@@ -37,21 +37,28 @@ def _encoder(prefix: str, model: ModelConfig, positions: Join) -> Iterator[Entry
     yield Entry("embedding.position_embeddings.weight", (f"{there}.position_embeddings.weight",), positions)
     yield Entry("embedding.type_embeddings.weight", (f"{there}.token_type_embeddings.weight",), SAME)
     for part in PARTS:
-        yield Entry(f"embedding.norm.{part}", (f"{there}.LayerNorm.{part}",), SAME)
+        if model.norms_after:
+            yield Entry(f"embedding.norm.{part}", (f"{there}.LayerNorm.{part}",), SAME)
+        else:
+            yield Entry(f"final_norm.norm.{part}", (f"{prefix}.encoder.ln.{part}",), SAME)
     for layer in range(model.num_layers):
-        yield from _block(f"{prefix}.encoder.layer.{layer}", f"layers.{layer}")
+        norms = NORMS_AFTER if model.norms_after else NORMS_BEFORE
+        yield from _block(f"{prefix}.encoder.layer.{layer}", f"layers.{layer}", norms)
 
 
-def _block(there: str, here: str) -> Iterator[Entry]:
+NORMS_AFTER = (("attention_norm", "attention.output.LayerNorm"), ("mlp_norm", "output.LayerNorm"))
+NORMS_BEFORE = (("input_layernorm", "attention.ln"), ("pre_mlp_layernorm", "ln"))
+
+
+def _block(there: str, here: str, norms: tuple[tuple[str, str], ...]) -> Iterator[Entry]:
     for part in PARTS:
         heads = tuple(f"{there}.attention.self.{name}.{part}" for name in ("query", "key", "value"))
         yield Entry(f"{here}.self_attention.linear_qkv.{part}", heads, HEADS)
         for ours, theirs in (
             ("self_attention.linear_proj", "attention.output.dense"),
-            ("attention_norm", "attention.output.LayerNorm"),
             ("mlp.linear_fc1", "intermediate.dense"),
             ("mlp.linear_fc2", "output.dense"),
-            ("mlp_norm", "output.LayerNorm"),
+            *norms,
         ):
             yield Entry(f"{here}.{ours}.{part}", (f"{there}.{theirs}.{part}",), SAME)
 

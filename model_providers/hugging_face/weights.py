@@ -20,6 +20,7 @@ ENTRIES: dict[Family, Callable[[ModelConfig], Iterator[Entry]]] = {
     "gpt2": gpt2_weights.entries,
     "llama": llama_weights.entries,
     "bert": bert_weights.entries,
+    "megatron-bert": bert_weights.entries,
     "roberta": bert_weights.roberta_entries,
     "t5": t5_weights.entries,
     "mixtral": llama_weights.mixtral_entries,
@@ -32,6 +33,7 @@ ENTRIES: dict[Family, Callable[[ModelConfig], Iterator[Entry]]] = {
 PREFIXES: dict[Family, tuple[str, tuple[str, ...]]] = {
     "gpt2": ("transformer.", ()),
     "bert": ("bert.", ("cls.",)),
+    "megatron-bert": ("bert.", ("cls.",)),
     "roberta": ("roberta.", ("lm_head.",)),
 }
 

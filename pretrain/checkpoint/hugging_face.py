@@ -15,7 +15,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from data_tools.errors import DataError
+from data_tools.special_tokens import special_tokens
 from data_tools.tokenizer import ByteTokenizer, load_tokenizer
+from data_tools.tokenizer_export import complete
+from data_tools.tokenizer_files import TOKENIZER_FILE
 from model_providers.building import solo_groups
 from model_providers.config import ModelConfig
 from model_providers.families import PLAN_BUILDERS
@@ -51,16 +54,23 @@ def export_checkpoint(checkpoint: Path, out: Path, *, dtype: str | None, shard_b
     config = RunConfig(**read_yaml(checkpoint / CONFIG))
     model = config.model
     facts = config_to_hugging_face(model) | {"bos_token_id": None, "pad_token_id": None}
-    tokenizer = load_tokenizer(str(checkpoint / TOKENIZER))
+    tokenizer, objective = load_tokenizer(str(checkpoint / TOKENIZER)), config.data.objective
+    special = special_tokens(tokenizer, objective)
     with _Whole(out) as folder:
         weights = _Layers(WeightFolder(checkpoint / WEIGHTS))
         named = _converted(weights, model, DTYPES[dtype] if dtype is not None else None)
         kept = _write_shards(named, folder, shard_bytes)
         facts |= {"dtype": str(kept).removeprefix("torch."), "eos_token_id": tokenizer.end_of_document}
+        if "padding" in special.ids:
+            facts["pad_token_id"] = special["padding"]
+        if model.t5 is not None and "padding" in special.ids:
+            facts["decoder_start_token_id"] = special["padding"]
         (folder / MODEL_CONFIG).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
         if isinstance(tokenizer, ByteTokenizer):
             return ["the tokenizer is plain bytes, which transformers does not have: no tokenizer files"]
         shutil.copytree(checkpoint / TOKENIZER, folder, dirs_exist_ok=True)
+        if (folder / TOKENIZER_FILE).is_file():
+            complete(folder, objective, special, end_of_document=tokenizer.end_of_document)
     return []
 
 

@@ -4,7 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForPreTraining, RobertaConfig, RobertaForMaskedLM
+from transformers import (
+    BertConfig,
+    BertForPreTraining,
+    MegatronBertConfig,
+    MegatronBertForPreTraining,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
 from model_providers.config import ModelConfig
 from model_providers.hugging_face.architectures import (
@@ -33,6 +40,10 @@ def bert() -> Any:
     return BertForPreTraining(BertConfig(**SIZES))
 
 
+def megatron() -> Any:
+    return MegatronBertForPreTraining(MegatronBertConfig(**SIZES))
+
+
 def roberta() -> Any:
     return RobertaForMaskedLM(RobertaConfig(**SIZES, type_vocab_size=1, pad_token_id=1))
 
@@ -55,7 +66,7 @@ def random_norms(theirs: Any) -> Any:
     return theirs.eval()
 
 
-@pytest.mark.parametrize("make", [bert, roberta])
+@pytest.mark.parametrize("make", [bert, megatron, roberta])
 def test_logits_with_padding_and_types_are_those_of_transformers(make: Any) -> None:
     torch.manual_seed(1)
     theirs = random_norms(make())
@@ -65,11 +76,11 @@ def test_logits_with_padding_and_types_are_those_of_transformers(make: Any) -> N
     real[1, 17:] = 0  # padding
     tokens[real == 0] = 1
     types = torch.zeros_like(tokens)
-    if make is bert:
+    if make is not roberta:
         types[:, 10:] = 1
     there = theirs(input_ids=tokens, attention_mask=real, token_type_ids=types)
     found = built(BERTInputs(tokens, types, (1 - real).int()))
-    if make is bert:
+    if make is not roberta:
         logits, sentences = found
         torch.testing.assert_close(sentences, there.seq_relationship_logits, rtol=1e-4, atol=1e-4)
         wanted = there.prediction_logits
@@ -80,7 +91,7 @@ def test_logits_with_padding_and_types_are_those_of_transformers(make: Any) -> N
     torch.testing.assert_close(mine[keep], wanted[keep], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("make", [bert, roberta])
+@pytest.mark.parametrize("make", [bert, megatron, roberta])
 def test_weights_and_configuration_come_back(make: Any) -> None:
     theirs = make()
     model, built = loaded(theirs)
