@@ -6,7 +6,7 @@ DEMO := demo
 GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ')
 RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 
-.PHONY: help install demo demo-corpus demo-moe demo-bert demo-t5 test check format bench clean
+.PHONY: help install demo demo-corpus demo-moe demo-bert demo-t5 test test-all check format bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -65,6 +65,9 @@ test: $(VENV)/.installed-dev  ## everything that CI runs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy launch pretrain data_tools model_providers
+	$(BIN)/python -m pytest -m 'not thorough'
+
+test-all: $(VENV)/.installed-dev  ## the same, and combinations that others nearly imply
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.installed-dev  ## format, lint, types, import contract, tests that start no ranks

@@ -148,7 +148,7 @@ def _nothing_held_out(part: str, datasets: list[Dataset], *, split: str) -> str:
     num_tokens = sum(dataset.num_tokens for dataset in datasets)
     length = datasets[0].sequence_length
     return (
-        f"split={split} leaves {num_documents} documents with {num_tokens} tokens for {part!r}, one sample of "
+        f"data.split={split} leaves {num_documents} documents with {num_tokens} tokens for {part!r}, one sample of "
         f"sequence_length={length} needs {length + 1}: give that part a larger share, or 0 and name a corpus "
         f"for it"
     )

@@ -126,7 +126,7 @@ class LocalLaunch:
 def _ended(number: int) -> str:
     text = f"killed ({signal.Signals(number).name})"
     if number == signal.SIGKILL:
-        text += ", often by the system for want of memory (see dmesg); the last checkpoint stands"
+        text += ", often by the system for want of memory (see dmesg); a checkpoint, if there is one, stands"
     return text
 
 

@@ -7,6 +7,7 @@ import sys
 from data_tools.training_data import check_data
 from launch.devices import device_type, num_gpus
 from launch.local import launcher_command, run_ranks
+from pretrain.checkpoint.state import check_before_start
 from pretrain.config_io import Run, load_run
 from pretrain.config_rules import device_faults
 from pretrain.errors import RunError
@@ -67,4 +68,5 @@ def checked(path: str, words: list[str], *, num_ranks: int, deepspeed_config: st
     if faults:
         raise RunError("\n".join(faults))
     check_data(run.config.data)
+    check_before_start(run)
     return run

@@ -241,7 +241,9 @@ def expert_problems(model: ModelConfig, layout: Layout) -> list[str]:
         )
     if (tp * layout.dp) % (etp * ep):
         fitting = [n for n in _divisors(moe.num_experts) if (tp * layout.dp) % (etp * n) == 0]
-        way_out = f"choose layout.ep among {fitting}" if len(fitting) > 1 else "use layout.etp=1"
+        way_out = f"choose layout.ep among {fitting}" if fitting else "use layout.etp=1"
+        if etp > 1 and fitting in ([], [1]):
+            way_out = "use layout.etp=1, or more ranks"
         problems.append(
             f"layout.etp={etp} x layout.ep={ep}: must divide tp x dp = {tp} x {layout.dp} ranks of a stage; {way_out}"
         )

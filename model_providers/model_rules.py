@@ -32,6 +32,10 @@ def kv_heads_divide_heads(model: "ModelConfig") -> str | None:
 
 
 def rotary_width_is_even(model: "ModelConfig") -> str | None:
+    if model.mla is not None:
+        if model.mla.qk_rope_head_dim % 2:
+            return f"mla.qk_rope_head_dim={model.mla.qk_rope_head_dim}: rotation needs pairs; choose an even number"
+        return None
     if model.position_embedding == "rotary" and (model.rotary_width % 2 or model.rotary_width == 0):
         return (
             f"rotary_fraction={model.rotary_fraction}: turns {model.rotary_width} of "
@@ -173,7 +177,10 @@ def latent_attention_stands_alone(model: "ModelConfig") -> str | None:
     }
     found = [f"{key}={getattr(model, key)}" for key, is_set in foreign.items() if is_set]
     if found:
-        return f"{', '.join(found)} with mla: latent attention has widths, norms and positions of its own; leave out"
+        stated = ", ".join(found)
+        return (
+            f"{stated} with mla: latent attention has widths, norms and positions of its own; leave them out"
+        )
     return None
 
 

@@ -267,7 +267,7 @@ def largest_shard(model: ModelConfig, layout: Layout) -> int:
     shares = [(rows * width, layout.tp * layout.dp)]
     if model.moe is not None:
         experts = model.moe.num_experts * model.moe.ffn_hidden_size * (2 if model.is_gated else 1) * width
-        copies = layout.expert_dp if layout.ep > 1 else layout.dp  # that ZeRO knows of
+        copies = max(1, layout.expert_dp) if layout.ep > 1 else layout.dp  # that ZeRO knows of
         shares.append((experts, layout.ep * layout.expert_tp * copies))
     return max(-(-size // (parts * SHARD_ALIGNMENT)) * SHARD_ALIGNMENT for size, parts in shares)
 

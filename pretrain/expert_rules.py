@@ -38,6 +38,16 @@ def dispatcher_can_pad(run: "Run") -> str | None:
     return None
 
 
+def dropping_needs_a_capacity(run: "Run") -> str | None:
+    moe = run.config.model.moe
+    if moe is not None and moe.drop != "probs" and moe.capacity_factor is None:
+        return (
+            f"model.moe.drop={moe.drop}: nothing is dropped without a capacity; give model.moe.capacity_factor=1.25 or "
+            "the like, or leave drop out"
+        )
+    return None
+
+
 def dispatcher_needs_experts(run: "Run") -> str | None:
     dispatcher = run.layout.dispatcher
     if dispatcher == "alltoall" or run.layout.ep > 1:
@@ -65,6 +75,7 @@ def upcycling_makes_experts_of_something(run: "Run") -> str | None:
 EXPERT_RULES: tuple[Rule, ...] = (
     shared_out_experts_need_zero,
     dispatcher_can_pad,
+    dropping_needs_a_capacity,
     dispatcher_needs_experts,
     upcycling_makes_experts_of_something,
 )

@@ -95,6 +95,16 @@ def prefixes_are_seen(run: "Run") -> str | None:
     return None
 
 
+def looking_ahead_ends_within_the_sample(run: "Run") -> str | None:
+    mtp, length = run.config.model.mtp, run.config.data.sequence_length
+    if mtp is not None and mtp.depth >= length:
+        return (
+            f"model.mtp.depth={mtp.depth} with data.sequence_length={length}: there is nothing so far ahead; use a "
+            f"depth of at most {length - 1}, usually 1 to 4"
+        )
+    return None
+
+
 OBJECTIVE_RULES: tuple[Rule, ...] = (
     family_is_the_models,
     objective_fits_the_family,
@@ -102,5 +112,6 @@ OBJECTIVE_RULES: tuple[Rule, ...] = (
     masked_text_is_plain,
     corrupted_text_is_plain,
     prefixes_are_seen,
+    looking_ahead_ends_within_the_sample,
     relative_positions_recompute_whole_layers,
 )

@@ -95,15 +95,17 @@ def draw_losses(runs: dict[str, list[dict[str, Any]]], out: Path) -> None:
                 if len(runs) > 1
                 else f"validation ({key.removeprefix('eval/')})"
             )
-            axes.plot(*zip(*points, strict=True), "o--", color=INK, markersize=5, linewidth=1.0, label=title)
+            ink = INK if len(runs) == 1 else colour
+            axes.plot(*zip(*points, strict=True), "o--", color=ink, markersize=5, linewidth=1.0, label=title)
             axes.annotate(
                 f"{points[-1][1]:.2f}",
                 points[-1],
                 textcoords="offset points",
-                xytext=(0, 8),
-                ha="right",
-                color=INK,
+                xytext=(6, 0),
+                va="center",
+                color=ink,
             )
+    axes.margins(x=0.07)
     axes.legend(frameon=False)
     write(figure, out)
 
@@ -135,11 +137,11 @@ def new_axes(x: str, y: str) -> tuple[Any, Any]:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Each value's mean with its neighbours, as many before it as behind it, so that nothing lags."""
+    """Each value's mean with its neighbours, as many before it as behind it, at the ends those that there are."""
     reach = round(SMOOTHED_SHARE * len(values) / 2)
     sums = [0.0, *itertools.accumulate(values)]
-    near = [min(reach, place, len(values) - 1 - place) for place in range(len(values))]
-    return [(sums[i + n + 1] - sums[i - n]) / (2 * n + 1) for i, n in enumerate(near)]
+    ends = [(max(0, i - reach), min(len(values), i + reach + 1)) for i in range(len(values))]
+    return [(sums[last] - sums[first]) / (last - first) for first, last in ends]
 
 
 def write(figure: Any, out: Path) -> None:

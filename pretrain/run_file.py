@@ -63,6 +63,9 @@ def plain(error: ValidationError) -> Iterable[str]:
             yield f"{key}: must be given"
         else:
             message = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "union_tag_invalid":
+                tags = str(item.get("ctx", {}).get("expected_tags", "")).replace("'", "")
+                message = f"kind must be one of {tags}"
             message = message[0].lower() + message[1:] if not message[:2].isupper() else message
             if isinstance(item["input"], dict):  # a section's own rules name the values that they speak of
                 yield f"{key}: {IN_PLAIN_WORDS.get(item['type'], message)}"
@@ -75,14 +78,16 @@ IN_PLAIN_WORDS = {
     "model_type": "must be a section of keys and values",
     "dict_type": "must be a section of keys and values",
     "string_pattern_mismatch": "may hold letters, digits, dots, underscores and hyphens only",
-    "union_tag_invalid": f"kind must be one of {', '.join(SCHEDULE_KINDS)}",
 }
+
+
+UNION_TAGS = {*SCHEDULE_KINDS, "mlm", "fim", "prefix_lm", "span_corruption"}
 
 
 def _is_union_tag(part: object) -> bool:
     """pydantic puts the chosen member of a union into the place; a user did not write it."""
     return isinstance(part, str) and (
-        part in SCHEDULE_KINDS or part.startswith(("tuple[", "literal[", "function-"))
+        part in UNION_TAGS or part.startswith(("tuple[", "literal[", "function-"))
     )
 
 

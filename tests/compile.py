@@ -19,5 +19,5 @@ def asynchronous_io() -> None:
 
 
 def build(builder: OpBuilder) -> None:
-    obstacle = build_obstacle(builder, tell=True)
+    obstacle = build_obstacle(builder)
     assert obstacle is None, obstacle

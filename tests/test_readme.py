@@ -27,7 +27,7 @@ def test_the_readmes_commands_work_as_written(tmp_path: Path) -> None:
     (tmp_path / "my" / "run.yaml").write_text(run_file, "utf-8")
     write_some_text(tmp_path / "my_text")
     blocks = BLOCKS.findall(text)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for line in "".join(blocks).replace("\\\n", "").splitlines():
         command = line.split("#")[0].strip()
         if command:

@@ -30,6 +30,17 @@ class Architecture(NamedTuple):
     write: Callable[[ModelConfig], dict[str, Any]]
 
 
+# Obstacles that say that an architecture is of another kind altogether.
+KINDS = {
+    "moe",
+    "mla",
+    "bert",
+    "t5",
+    "no experts",
+    "no latent attention",
+    "no bidirectional attention",
+    "no encoder beside the decoder",
+}
 ARCHITECTURES: dict[Family, Architecture] = {
     "gpt2": Architecture("GPT-2", gpt2.obstacles, gpt2.config_from, gpt2.config_to),
     "llama": Architecture("Llama", llama.obstacles, llama.config_from, llama.config_to),
@@ -68,8 +79,10 @@ def family(model: ModelConfig) -> Family:
         obstacles = architecture.obstacles(model)
         if not obstacles:
             return name
-        reasons.append((len(obstacles), f"not {architecture.title} ({', '.join(obstacles)})"))
-    nearest = [reason for _, reason in sorted(reasons, key=lambda item: item[0])[:2]]
+        is_another_kind = any(obstacle in KINDS for obstacle in obstacles)
+        reason = f"not {architecture.title} ({', '.join(obstacles)})"
+        reasons.append((is_another_kind, len(obstacles), reason))
+    nearest = [reason for _, _, reason in sorted(reasons, key=lambda item: item[:2])[:2]]
     raise ModelError(
         f"this model has no Hugging Face form here: {'; '.join(nearest)}; change what stands against one of "
         "them, or keep our own checkpoint format"

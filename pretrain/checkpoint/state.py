@@ -4,13 +4,19 @@ There is no random state in it: every step's random streams are seeded from (see
 order is a function of (data seed, sample number), so two integers bring both back.
 """
 
+import contextlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from model_providers.config import ModelConfig
+from pretrain.checkpoint import store
 from pretrain.config_io import Run
+from pretrain.config_rules import AUTO_SCHEDULE
 from pretrain.errors import RunError
+from pretrain.nested import leaves
+from pretrain.run_file import read_yaml
 
 FORMAT = 1
 
@@ -55,6 +61,27 @@ def layout_of(run: Run) -> dict[str, Any]:
     }
 
 
+# Of a model's facts those that neither change a weight's shape nor what it means: a run may go on with others.
+FREE_TO_CHANGE = {
+    "hidden_dropout",
+    "attention_dropout",
+    "init_std",
+    "scale_residual_init",
+    "moe.aux_loss",
+    "moe.sequence_aux_loss",
+    "moe.global_aux_loss",
+    "moe.z_loss",
+    "moe.jitter",
+    "moe.capacity_factor",
+    "moe.drop",
+    "moe.pad_to_capacity",
+    "moe.router_dtype",
+    "mtp.loss_weight",
+}
+
+BIAS_RATE = "moe.bias_update_rate"  # above 0 there is a bias, at 0 there is none
+
+
 def model_of(run: Run) -> dict[str, Any]:
     return json.loads(run.config.model.model_dump_json())
 
@@ -69,13 +96,52 @@ def check_fits(state: RunState, run: Run, folder: Path) -> None:
             f"in the old layout; or keep the weights alone with checkpoint.weights_from={folder} "
             "checkpoint.resume=never and another name"
         )
-    differing = _differences(state.model, model_of(run))
+    theirs = json.loads(ModelConfig(**state.model).model_dump_json())  # an older one may lack newer facts
+    differing = [
+        (key, before, now)
+        for key, before, now in _differences(dict(leaves(theirs)), dict(leaves(model_of(run))))
+        if key not in FREE_TO_CHANGE and not (key == BIAS_RATE and before and now)
+    ]
     if differing:
         parts = ", ".join(f"model.{key}={ours!r} (checkpoint: {theirs!r})" for key, theirs, ours in differing)
         raise RunError(
-            f"checkpoint {folder} holds another model: {parts}; put the model section back, or use another "
-            "name"
+            f"checkpoint {folder} holds another model: {parts}; put that back; or start a run with another name, "
+            f"which may take what fits with checkpoint.weights_from={folder}"
         )
+
+
+def check_before_start(run: Run) -> None:
+    """What can be told of checkpoints without a rank: raises the `RunError` with which the ranks would refuse."""
+    resume = run.config.checkpoint.resume
+    own = store.checkpoints(run.folder / "checkpoints")
+    folder = own[0] if own and resume != "never" else None
+    if resume not in ("auto", "never") and folder is None:
+        folder = store.checkpoint_in(Path(resume))
+    is_chosen_later = run.config.layout.schedule == AUTO_SCHEDULE  # the ranks choose what fits the checkpoint
+    if folder is not None and (folder / store.STATE).is_file() and not is_chosen_later:
+        with contextlib.suppress(ValueError, KeyError):  # damaged: the ranks pass over it
+            check_fits(RunState.read(folder / store.STATE), run, folder)
+    source = run.config.checkpoint.weights_from
+    if source is not None and folder is None:
+        _check_source(run, store.wanted(source, key="checkpoint.weights_from"))
+
+
+def _check_source(run: Run, folder: Path) -> None:
+    """Experts from a dense model, or a dense one from experts."""
+    path = folder / store.CONFIG
+    if not path.is_file():
+        return
+    theirs, ours = read_yaml(path).get("model", {}).get("moe"), run.config.model.moe
+    named = f"checkpoint.weights_from={run.config.checkpoint.weights_from}"
+    if theirs is None and ours is not None and not run.config.checkpoint.upcycle:
+        raise RunError(
+            f"{named}: a dense model, and this one has model.moe; with checkpoint.upcycle=true each expert begins as a "
+            "copy of its MLP"
+        )
+    if theirs is not None and run.config.checkpoint.upcycle:
+        raise RunError(f"{named}: it has experts already; leave checkpoint.upcycle out")
+    if theirs is not None and ours is None:
+        raise RunError(f"{named}: it has experts, and this model has none; give it their model.moe")
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[tuple[str, Any, Any]]:

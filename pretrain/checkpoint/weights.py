@@ -23,6 +23,8 @@ from pretrain.errors import RunError
 
 FILE = re.compile(r"(?P<layer>.+)\.(?P<kind>tp|experts)(?P<share>\d+)\.safetensors")
 
+BIAS = "router.expert_bias"  # zero at first: a model that had none is as one that begins
+
 Described = tuple[dict[str, torch.Tensor], dict[str, LogicalParameter]]
 
 
@@ -80,6 +82,7 @@ class WeightLoader:
         found = (
             dict(self._source.layer(name, ep_rank=self._place.ep_rank, ep=self._place.ep)) if wanted else {}
         )
+        wanted = {key: tensor for key, tensor in wanted.items() if key in found or not key.endswith(BIAS)}
         _compare_names(name, set(wanted), set(found), self._source.folder)
         for key in wanted:
             self._fill(f"{name}.{key}", wanted[key], found[key])

@@ -206,7 +206,7 @@ def _group_of(rank: int, all_ranks: Sequence[list[int]]) -> dist.ProcessGroup:
 def _load_shared_memory_collectives() -> None:
     """`init_distributed` would compile them on a CPU too, but forget to say so, and to explain a failure."""
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    obstacle = build_obstacle(builder, tell=_rank() == 0) if builder.is_compatible(verbose=False) else None
+    obstacle = build_obstacle(builder) if builder.is_compatible(verbose=False) else None
     if obstacle is not None:
         raise RunError(
             f"DeepSpeed's collectives for CPUs do not compile here: {obstacle}; they need a C++ compiler and "

@@ -26,14 +26,12 @@ COMPILERS_WORDS = re.compile(r"\berror: |: not found|No such file|cannot find|is
 YOUNG_S = 5.0  # another program may have taken its lock just now, and not started its compiler yet
 
 
-def build_obstacle(builder: OpBuilder, *, tell: bool = False) -> str | None:
-    """Compile a kernel if need be, and load it: None, or the compiler's first error."""
+def build_obstacle(builder: OpBuilder) -> str | None:
+    """Compile a kernel if need be, which whoever does it tells, and load it: None, or the compiler's first error."""
     try:
         with building_alone(builder.name):
-            if tell and not is_built(builder):
-                line = (
-                    f"compiling DeepSpeed's {builder.name}: once on this machine, it takes a minute or more"
-                )
+            if not is_built(builder):
+                line = f"compiling DeepSpeed's {builder.name}: once on this machine, it takes a minute or several"
                 print(line, file=sys.stderr, flush=True)
             with without_stdout():
                 builder.load(verbose=False)

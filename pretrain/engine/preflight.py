@@ -74,7 +74,7 @@ def _build(builder: OpBuilder, groups: Groups) -> str | None:
     obstacle = None
     for turn in (True, False):
         if first_on_node is turn:
-            obstacle = build_obstacle(builder, tell=groups.is_first)
+            obstacle = build_obstacle(builder)
         dist.barrier()
     return groups.first_told(obstacle)
 

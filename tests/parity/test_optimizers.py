@@ -12,6 +12,7 @@ from tests.parity.record import record_raw
 from tests.parity.test_layouts import assert_same
 from tests.ranks import RankPool
 from tests.runs import tiny
+from tests.thorough import cells
 
 STEPS = 6
 UNTESTED = {"zero_allow_untested_optimizer": True}
@@ -27,8 +28,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("stage", cells([1, 2, 3], thorough=["2"]))
+@pytest.mark.parametrize("name", cells(OPTIMIZERS, thorough=["Adagrad", "SGD", "RAdam"]))
 def test_sharded_optimizers_do_what_whole_ones_do(
     ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, tmp_path: Path, name: str, stage: int
 ) -> None:

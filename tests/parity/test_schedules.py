@@ -100,15 +100,15 @@ def test_ours_is_deepspeeds_own_1f1b(ranks: RankPool, corpus: str, out: Path, pp
     [
         ("interleaved", {"recompute": "full"}),
         ("zb-v", {"recompute": {"mode": "full", "every": 2}}),
-        ("zb-h1", {"recompute": "full"}),
+        pytest.param("zb-h1", {"recompute": "full"}, marks=pytest.mark.thorough),
         ("interleaved-zb", {"recompute": "selective"}),
-        ("interleaved", {"data__documents": "reset"}),
+        pytest.param("interleaved", {"data__documents": "reset"}, marks=pytest.mark.thorough),
         ("zb-v", {"data__documents": "reset", "data__mask_boundary_loss": True}),
         ("zb-v", {"deepspeed": "zero0.json"}),
         ("interleaved", {"deepspeed": "zero0.json", "layout__messages": "batch"}),
         ("zb-v", {"layout__messages": "channel"}),
         ("interleaved", {"layout__partition": [0, 2, 4, 5, 9]}),
-        ("zb-h1", {"layout__partition": [0, 3, 9]}),
+        pytest.param("zb-h1", {"layout__partition": [0, 3, 9]}, marks=pytest.mark.thorough),
     ],
     ids=str,
 )

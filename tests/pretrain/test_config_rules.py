@@ -15,6 +15,9 @@ MOE = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 16}
 STAGE_1_OFFLOAD = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
 
 # rule, ranks, changes of the run, DeepSpeed JSON or None, what the message must say
+BERT = {"model": {"preset": "tiny-bert", "vocab_size": None}, "data__objective": {"kind": "mlm"}}
+T5 = {"model": {"preset": "tiny-t5", "vocab_size": None}, "data__objective": {"kind": "span_corruption"}}
+
 CASES: tuple[tuple[str, int, dict[str, Any], dict[str, Any] | None, str], ...] = (
     (
         "sequence_parallel_needs_tp",
@@ -273,6 +276,69 @@ CASES: tuple[tuple[str, int, dict[str, Any], dict[str, Any] | None, str], ...] =
         {"checkpoint__weights_from": "/no/such/run"},
         None,
         r"checkpoint\.weights_from=/no/such/run: no checkpoint there; give a run's folder",
+    ),
+    (
+        "dropping_needs_a_capacity",
+        1,
+        {"model__moe": MOE | {"drop": "position"}},
+        None,
+        r"model\.moe\.drop=position: nothing is dropped without a capacity; give model\.moe\.capacity_factor",
+    ),
+    (
+        "family_is_the_models",
+        1,
+        {"family": "bert"},
+        None,
+        r"family=bert: the model is of family gpt; leave family out",
+    ),
+    (
+        "objective_fits_the_family",
+        1,
+        {"data__objective": "mlm", "model__vocab_size": None},
+        None,
+        r"data\.objective=mlm with a model of family gpt: it is trained with none .*fim, prefix_lm",
+    ),
+    (
+        "second_task_has_a_head",
+        1,
+        {**BERT, "model__bert__sentence_head": False, "data__objective__second_task": "next_sentence"},
+        None,
+        r"second_task=next_sentence with model\.bert\.sentence_head=False.*or second_task=none",
+    ),
+    (
+        "masked_text_is_plain",
+        1,
+        {**BERT, "data__documents": "reset"},
+        None,
+        r"data\.documents=reset.*with objective mlm: these are for the next token; leave them out",
+    ),
+    (
+        "corrupted_text_is_plain",
+        1,
+        {**T5, "data__mask_boundary_loss": True},
+        None,
+        r"data\.mask_boundary_loss=True with objective span_corruption: .*leave them out",
+    ),
+    (
+        "prefixes_are_seen",
+        1,
+        {"data__objective": "prefix_lm"},
+        None,
+        r"data\.objective=prefix_lm with model\.attention=causal: .*go together; set both, or neither",
+    ),
+    (
+        "looking_ahead_ends_within_the_sample",
+        1,
+        {"model__mtp": {"depth": 40}},
+        None,
+        r"model\.mtp\.depth=40 with data\.sequence_length=32: .*use a depth of at most 31",
+    ),
+    (
+        "relative_positions_recompute_whole_layers",
+        1,
+        {**T5, "recompute": "selective"},
+        None,
+        r"recompute\.mode=selective with model\.position_embedding=relative: .*use full or none",
     ),
     (
         "output_folder_can_be_made",

@@ -12,6 +12,7 @@ from pretrain.config_io import make_run
 from pretrain.parity import Tensors
 from tests.pretrain.test_resume import eight, go_on, refused, train
 from tests.ranks import RankPool
+from tests.thorough import cells
 
 MOE = {
     "num_experts": 4,
@@ -38,7 +39,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
+@pytest.mark.parametrize(
+    "layout", cells(list(LAYOUTS)[1:], thorough=["ep2-bf16", "ep2-dp2-zero2", "ep2-cpu", "tp2-ep4"])
+)
 def test_resuming_equals_running_through_bit_for_bit(
     ranks: RankPool, corpus: str, tmp_path: Path, layout: str
 ) -> None:

@@ -22,6 +22,7 @@ from pretrain.parity import Tensors, whole_model
 from pretrain.run import make_engine, make_plan, make_state
 from tests.ranks import RankPool
 from tests.runs import tiny
+from tests.thorough import cells
 
 DROPOUT = {"model__hidden_dropout": 0.1, "model__attention_dropout": 0.1}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -37,6 +38,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2-zero2-cpu": (2, {"deepspeed": "zero2_cpu_offload.json"}),
     "dp2-lion": (2, {"optimizer__type": "Lion", "optimizer__lr": 1e-4}),
 }
+
+
+RARE = ("dp2-zero3-bf16", "pp2-zero0", "dp2-zero2-cpu", "dp2-lion", "tp2+sp")
 
 
 def train(raw: dict[str, Any], stop_after: int | None = None) -> tuple[list[float], list[float], Tensors]:
@@ -94,7 +98,7 @@ def eight(corpus: str, out: Path, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", cells(LAYOUTS, thorough=RARE))
 def test_resuming_equals_running_through_bit_for_bit(
     ranks: RankPool, corpus: str, tmp_path: Path, layout: str
 ) -> None:

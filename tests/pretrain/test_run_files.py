@@ -9,6 +9,8 @@ from pretrain.config_io import load_run
 RUNS = {
     "demo.yaml": 2,
     "demo-moe.yaml": 2,
+    "demo-bert.yaml": 2,
+    "demo-t5.yaml": 2,
     "gpt2-124m.yaml": 8,
     "llama3-8b.yaml": 64,
     "llama3-70b-pipeline.yaml": 256,
