@@ -46,7 +46,7 @@ COMMANDS = {
         "pretrain.show_config", "print a run's resolved configuration and where each value comes from"
     ),
     "schedule": Command("launch.schedule", "draw a pipeline schedule, its bubble and its memory"),
-    "plot": Command("pretrain.plot", "draw a run's loss curve, or a learning-rate schedule, to a PNG"),
+    "plot": Command("pretrain.plot", "draw a run's losses, its experts' loads, or a learning-rate schedule"),
 }
 
 USAGE_EXIT_CODE = 2

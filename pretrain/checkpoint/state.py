@@ -4,7 +4,6 @@ There is no random state in it: every step's random streams are seeded from (see
 order is a function of (data seed, sample number), so two integers bring both back.
 """
 
-import contextlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -118,12 +117,19 @@ def check_before_start(run: Run) -> None:
     if resume not in ("auto", "never") and folder is None:
         folder = store.checkpoint_in(Path(resume))
     is_chosen_later = run.config.layout.schedule == AUTO_SCHEDULE  # the ranks choose what fits the checkpoint
-    if folder is not None and (folder / store.STATE).is_file() and not is_chosen_later:
-        with contextlib.suppress(ValueError, KeyError):  # damaged: the ranks pass over it
-            check_fits(RunState.read(folder / store.STATE), run, folder)
+    if folder is not None and not is_chosen_later and (state := _readable(folder / store.STATE)) is not None:
+        check_fits(state, run, folder)
     source = run.config.checkpoint.weights_from
     if source is not None and folder is None:
         _check_source(run, store.wanted(source, key="checkpoint.weights_from"))
+
+
+def _readable(path: Path) -> RunState | None:
+    """None if it is damaged: the ranks pass over it."""
+    try:
+        return RunState.read(path)
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _check_source(run: Run, folder: Path) -> None:

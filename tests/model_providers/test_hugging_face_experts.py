@@ -201,3 +201,9 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
         ModelError, match=r"model\.layers\.1\.block_sparse_moe\.experts\.2\.w3\.weight is missing"
     ):
         weights_from_hugging_face(weights, model_from_hugging_face(config))
+
+
+def test_what_stands_against_the_nearest_kind_is_named() -> None:
+    """Of a model with experts, not that Llama has none."""
+    with pytest.raises(ModelError, match=r"form here: not Mixtral \(moe\.capacity_factor=1\.0\); "):
+        family(llama_like(moe={"num_experts": 4, "top_k": 2, "ffn_hidden_size": 16, "capacity_factor": 1.0}))

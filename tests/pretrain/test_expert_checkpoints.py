@@ -8,7 +8,9 @@ import torch
 import torch.distributed as dist
 
 from pretrain.checkpoint import store
+from pretrain.checkpoint.state import check_before_start
 from pretrain.config_io import make_run
+from pretrain.errors import RunError
 from pretrain.parity import Tensors
 from tests.pretrain.test_resume import eight, go_on, refused, train
 from tests.ranks import RankPool
@@ -106,3 +108,66 @@ def test_another_sharing_of_experts_is_refused_naming_both(
     ranks.run(train, 2, raw, 2)
     message = ranks.run(refused, 2, {**raw, "layout": {}})[0]
     assert "ep=2 etp=1" in message and "checkpoint.weights_from=" in message
+
+
+@pytest.mark.ranks
+def test_a_run_goes_on_with_other_coefficients_and_not_with_other_experts(
+    ranks: RankPool, corpus: str, tmp_path: Path
+) -> None:
+    raw = eight(corpus, tmp_path, **MODEL, **LAYOUTS["ep2"][1])
+    ranks.run(train, 2, raw, 3)
+
+    def with_moe(**facts: Any) -> dict[str, Any]:
+        return {**raw, "model": {**raw["model"], "hidden_dropout": 0.2, "moe": {**MOE, **facts}}}
+
+    losses, _, _ = ranks.run(
+        train, 2, with_moe(sequence_aux_loss=0.5, capacity_factor=2.0, bias_update_rate=0.1)
+    )[0]
+    assert len(losses) == 5
+    message = ranks.run(refused, 2, with_moe(top_k=1))[0]
+    assert "holds another model: model.moe.top_k=1 (checkpoint: 2); put that back" in message
+    assert "checkpoint.weights_from=" in message
+
+
+@pytest.mark.ranks
+def test_checkpoints_are_judged_before_the_start(ranks: RankPool, corpus: str, tmp_path: Path) -> None:
+    """By what lies on disk, without a rank."""
+    dense = eight(corpus, tmp_path, name="dense", model__num_layers=2)
+    ranks.run(train, 2, dense, 2)
+    moe = eight(corpus, tmp_path, name="moe", **MODEL, **LAYOUTS["ep2"][1])
+    ranks.run(train, 2, moe, 2)
+
+    def judged(raw: dict[str, Any], world_size: int = 2) -> None:
+        check_before_start(make_run(raw, world_size=world_size))
+
+    judged(dense)
+    with pytest.raises(RunError, match=r"was written with tp=1 pp=1 dp=2 .*this run has tp=2"):
+        judged({**dense, "layout": {"tp": 2}})
+    with pytest.raises(RunError, match=r"model\.num_layers=3 \(checkpoint: 2\)"):
+        judged({**dense, "model": {**dense["model"], "num_layers": 3}})
+
+    def begun(name: str, source: str, **more: Any) -> dict[str, Any]:
+        raw = moe if name == "moe" else dense
+        return {**raw, "name": "new", "checkpoint": {"weights_from": str(tmp_path / source), **more}}
+
+    judged(begun("moe", "moe"))
+    judged(begun("moe", "dense", upcycle=True))
+    with pytest.raises(RunError, match=r"a dense model, .*checkpoint\.upcycle=true"):
+        judged(begun("moe", "dense"))
+    with pytest.raises(RunError, match=r"it has experts already; leave checkpoint\.upcycle out"):
+        judged(begun("moe", "moe", upcycle=True))
+    with pytest.raises(RunError, match=r"it has experts, and this model has none"):
+        judged(begun("dense", "moe"))
+
+
+@pytest.mark.ranks
+def test_a_bias_that_was_not_there_begins_at_zero(ranks: RankPool, corpus: str, tmp_path: Path) -> None:
+    without = {**MOE, "bias_update_rate": 0.0}
+    raw = eight(corpus, tmp_path, **{**MODEL, "model__moe": without}, **LAYOUTS["ep2"][1])
+    ranks.run(train, 2, raw, 2)
+    later = eight(
+        corpus, tmp_path, name="later", checkpoint={"weights_from": str(tmp_path / "tiny")}, **MODEL
+    )
+    later["train"] = {**later["train"], "steps": 1}
+    _, biases = ranks.run(end_of, 1, later)[0]
+    assert all(0 < bias.abs().max() <= MOE["bias_update_rate"] * 1.01 for bias in biases.values())  # type: ignore[operator]
