@@ -16,6 +16,7 @@ from deepspeed.runtime.zero.offload_config import (
     DeepSpeedZeroOffloadParamConfig,
 )
 
+from model_providers.cost import parameters
 from pretrain import ds_schema
 from pretrain.ds_config import AUTO
 from pretrain.errors import RunError
@@ -222,3 +223,25 @@ def test_every_top_level_key_that_deepspeed_asks_for_is_known() -> None:
     known = {*ds_schema.ACCEPTED, *ds_schema.REFUSED, *ds_schema.REMOVED}
     assert document.asked - known == set()
     assert set(ds_schema.REMOVED) == set(deepspeed_config._REMOVED_TOP_LEVEL_CONFIG_KEYS)
+
+
+def test_an_odd_number_of_parameters_is_no_fault(corpus: str, out: Path) -> None:
+    """DeepSpeed's ZeRO asserts that its buckets have an even size."""
+    raw = tiny(corpus, out, **ODD)
+    run = checked(raw, 1)
+    assert parameters(run.config.model) % 2
+    zero = run.deepspeed["zero_optimization"]
+    assert zero["allgather_bucket_size"] % 2 == zero["reduce_bucket_size"] % 2 == 0
+
+
+ODD = {
+    "model__hidden_size": 33,
+    "model__num_attention_heads": 3,
+    "model__head_dim": 11,
+    "model__num_kv_heads": 1,
+    "model__num_layers": 1,
+    "model__ffn_hidden_size": 3,
+    "model__qk_norm": False,
+    "model__position_embedding": "none",
+    "model__pad_vocab_to_multiple_of": 257,
+}
