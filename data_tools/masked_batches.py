@@ -36,6 +36,7 @@ class MaskedBatch:
     segments: np.ndarray | None = None  # int32 [b s], where there may be padding
     sentence_labels: np.ndarray | None = None  # int64 [b]: 1, the second does not follow the first
     counts: np.ndarray | None = None  # bool [b], False: fills up an evaluation's last step
+    replaced: bool = False  # the model is to tell guesses from what stood there
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class MaskedBatches:
             types=np.stack([row.types for row in rows]) if pairs else None,
             segments=np.stack([row.segments for row in rows]) if pairs else None,
             sentence_labels=np.array([row.sentence_label for row in rows], dtype=np.int64) if pairs else None,
-            counts=np.array(counts) if pairs else None,
+            counts=np.array(counts) if pairs or self._facts.replaced else None,
+            replaced=self._facts.replaced,
         )
 
     def row(self, dataset: BlendedDataset, number: int) -> _Row:

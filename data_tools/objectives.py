@@ -24,6 +24,8 @@ class MaskedLM(_Facts):
     span_max: int = Field(default=10, ge=1)  # words
     # After one text a second: the next or any other (BERT), or two neighbours, maybe swapped (ALBERT, section 3.1).
     second_task: Literal["none", "next_sentence", "sentence_order"] = "none"
+    # A generator's guesses are put in place of the masks, and the model tells them from what stood there (ELECTRA).
+    replaced: bool = False
     short_share: float = Field(default=0.1, ge=0, le=1)  # with a second task: samples of any smaller length
 
     @model_validator(mode="after")

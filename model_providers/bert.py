@@ -7,6 +7,7 @@ import torch
 
 from model_providers.building import NO_RECOMPUTE, WORD_EMBEDDINGS, Building, Construct, checkpoint
 from model_providers.config import ModelConfig
+from model_providers.electra import build_electra_plan
 from model_providers.encoder_modules import EncoderEmbedding, EncoderHead
 from model_providers.errors import ModelError
 from model_providers.layer_plan import BERTInputs, GPTValue, LayerPlan, Recompute, Tie
@@ -45,6 +46,8 @@ def build_plan(
         kernels=kernels,
         recompute=recompute,
     )
+    if model.electra is not None:
+        return build_electra_plan(building, recompute)
     config, chosen = building.config, building.kernels
     rotary = RotaryTable(model) if model.position_embedding == "rotary" else None
     masks = MaskMaker()

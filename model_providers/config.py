@@ -12,7 +12,15 @@ from pydantic import Field, model_validator
 
 from model_providers import model_rules
 from model_providers.errors import ModelError
-from model_providers.moe_config import BERTConfig, Facts, MLAConfig, MoEConfig, MTPConfig, T5Config
+from model_providers.moe_config import (
+    BERTConfig,
+    ELECTRAConfig,
+    Facts,
+    MLAConfig,
+    MoEConfig,
+    MTPConfig,
+    T5Config,
+)
 
 GATED_ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh")
 GATED_FFN_MULTIPLE = 256  # Llama's own code rounds up to this (github.com/meta-llama/llama, model.py)
@@ -103,6 +111,7 @@ class ModelConfig(Facts):
     mla: MLAConfig | None = None  # None: plain, grouped or multi-query attention
     mtp: MTPConfig | None = None  # None: the next token alone
     bert: BERTConfig | None = None  # None: causal, the next token
+    electra: ELECTRAConfig | None = None  # beside bert; None: the encoder itself fills in
     t5: T5Config | None = None  # None: one stack
 
     hidden_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -185,6 +194,8 @@ class ModelConfig(Facts):
         if self.t5 is not None:  # and the encoder's norm, and the decoder's embedding
             return self.t5.num_encoder_layers + self.num_layers + 5
         ends = 2 if self.norms_after else 3
+        if self.electra is not None:  # the generator, and what puts its guesses into the text
+            ends += self.electra.generator_layers + 1
         return self.num_layers + ends + (self.mtp.depth if self.mtp is not None else 0)
 
     @property
@@ -202,6 +213,19 @@ class ModelConfig(Facts):
         if self.t5 is not None:
             return "t5"
         return "gpt" if self.bert is None else "bert"
+
+    @property
+    def generator(self) -> "ModelConfig":
+        """The small encoder's sizes, where there is one."""
+        assert self.electra is not None
+        width, small = self.hidden_size, self.electra.generator_hidden_size
+        sizes = {
+            "num_layers": self.electra.generator_layers,
+            "hidden_size": small,
+            "num_attention_heads": self.electra.generator_heads,
+            "ffn_hidden_size": self.ffn_width * small // width,
+        }
+        return self.model_copy(update={**sizes, "num_kv_heads": None, "head_dim": None, "electra": None})
 
     @property
     def is_gated(self) -> bool:

@@ -65,6 +65,8 @@ def layer_costs(
         model, sequence_length, recompute, tp, sharded, bytes_per_value, fused, tp if etp is None else etp
     )
 
+    if model.electra is not None:
+        return _electra_costs(model, memory)
     if model.t5 is not None:
         return _stack_costs(model, memory, target_length or max(1, sequence_length // 4))
 
@@ -89,6 +91,32 @@ def layer_costs(
     )
     looking_ahead = [_looking_ahead(model, block(model.moe is not None), memory)] * ahead
     return [embedding, *blocks, *final_norms, *looking_ahead, head]
+
+
+def _electra_costs(model: ModelConfig, memory: ActivationMemory) -> list[LayerCost]:
+    """A generator, its guesses, an encoder; the embeddings are in the first layer."""
+    h, small = model.hidden_size, model.generator
+    g, s = small.hidden_size, memory.sequence_length
+    norm, positions = norm_parameters(model, h), 0
+    if model.position_embedding == "learned":
+        positions = model.max_sequence_length * h
+    wide = memory.bytes_per_value * h
+
+    def block(of: ModelConfig) -> LayerCost:
+        return LayerCost(block_parameters(of), block_forward_flops(of, s), memory._replace(model=of).block())
+
+    embedding = LayerCost(
+        word_parameters(model) + positions + norm + h * g + g, 2.0 * h * g, memory.embedding() + 2 * wide
+    )
+    replacement = LayerCost(
+        g * h + h + 2 * norm + model.padded_vocab_size,
+        2.0 * g * h + 2.0 * h * model.known_vocab_size,
+        memory.head() + memory.embedding() + wide,
+    )
+    final_norm = [] if model.norms_after else [LayerCost(norm, 0.0, memory.final_norm())]
+    head = LayerCost(h * h + h + h + 1, 2.0 * h * h + 2.0 * h, 3 * wide)
+    generator, encoder = [block(small)] * small.num_layers, [block(model)] * model.num_layers
+    return [embedding, *generator, replacement, *encoder, *final_norm, head]
 
 
 def _stack_costs(model: ModelConfig, memory: ActivationMemory, target_length: int) -> list[LayerCost]:
@@ -136,6 +164,7 @@ def _stack_costs(model: ModelConfig, memory: ActivationMemory, target_length: in
 def parameters(model: ModelConfig, *, padded: bool = True) -> int:
     """All parameters, shared words once; ``padded=False`` leaves out the vocabulary's padding, as papers do."""
     words = 1 if model.tie_embeddings else 2
+    words = words if model.electra is None else 1
     row = words * model.hidden_size + (1 if model.bert is not None else 0)  # and its bias
     unpadded = 0 if padded else row * (model.padded_vocab_size - model.known_vocab_size)
     return sum(cost.parameters for cost in layer_costs(model, 1)) - unpadded

@@ -55,6 +55,45 @@ class BERTInputs(NamedTuple):
         return cls(tokens, next(iter(types), None), next(iter(parts[torch.int32]), None))
 
 
+class ElectraInputs(NamedTuple):
+    """What a generator and a discriminator take."""
+
+    tokens: torch.Tensor  # int64 [b s], masked
+    originals: torch.Tensor  # int64 [b s]
+    asked: torch.Tensor  # int32 [b s], 1 where the generator is asked
+
+    def to_wire(self) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        return _to_wire(self)
+
+    @classmethod
+    def from_wire(cls, wire: "Wire") -> Self:
+        parts = _by_dtype(wire)
+        tokens, originals = parts[torch.int64]
+        return cls(tokens, originals, parts[torch.int32][0])
+
+
+class ElectraValue(NamedTuple):
+    """What flows through the generator, and with its losses through the discriminator."""
+
+    hidden: torch.Tensor  # [s b g], in the discriminator [s b h]; under sequence parallelism a share of it
+    losses: torch.Tensor | None = None  # float32 [s b], the generator's, once it has said its guesses
+    tokens: torch.Tensor | None = None  # int64 [b s]: masked, then with its guesses
+    originals: torch.Tensor | None = None  # int64 [b s]
+    asked: torch.Tensor | None = None  # int32 [b s], until then
+
+    def to_wire(self) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        return _to_wire(self)
+
+    @classmethod
+    def from_wire(cls, wire: "Wire") -> Self:
+        parts = _by_dtype(wire)
+        floats = [tensor for dtype, some in parts.items() if dtype.is_floating_point for tensor in some]
+        hidden = next(tensor for tensor in floats if tensor.dim() == 3)
+        losses = next((tensor for tensor in floats if tensor.dim() == 2), None)
+        tokens, originals = parts[torch.int64]
+        return cls(hidden, losses, tokens, originals, next(iter(parts[torch.int32]), None))
+
+
 class T5Inputs(NamedTuple):
     """What the first layer of two stacks takes."""
 
@@ -127,8 +166,8 @@ class GPTValue(NamedTuple):
         )
 
 
-Inputs = GPTInputs | BERTInputs | T5Inputs
-Value = GPTValue | T5Value
+Inputs = GPTInputs | BERTInputs | ElectraInputs | T5Inputs
+Value = GPTValue | ElectraValue | T5Value
 Wire = torch.Tensor | Sequence[torch.Tensor]
 
 
@@ -224,7 +263,7 @@ class PlanModule(nn.Module):
         if isinstance(value, self.takes):
             return self.apply_to(value)
         output = self.apply_to(self.takes.from_wire(value))
-        return output.to_wire() if isinstance(output, GPTValue | T5Value) else output
+        return output.to_wire() if isinstance(output, GPTValue | ElectraValue | T5Value) else output
 
 
 def drop_empty_extra_state(

@@ -208,6 +208,22 @@ def encoders_are_plain(model: "ModelConfig") -> str | None:
     return None
 
 
+def generators_fit(model: "ModelConfig") -> str | None:
+    electra = model.electra
+    if electra is None:
+        return None
+    if model.bert is None or model.bert.sentence_head or model.bert.token_types:
+        return "electra: needs bert.sentence_head=False and bert.token_types=0; its one task is to tell replaced tokens"
+    if not model.tie_embeddings:
+        return "tie_embeddings=False with electra: generator and encoder share the embeddings; use True"
+    if electra.generator_hidden_size % electra.generator_heads:
+        return (
+            f"electra.generator_heads={electra.generator_heads}: must divide electra.generator_hidden_size="
+            f"{electra.generator_hidden_size}"
+        )
+    return None
+
+
 def relative_positions_are_t5s(model: "ModelConfig") -> str | None:
     if model.position_embedding == "relative" and model.t5 is None:
         return "position_embedding=relative without t5: distances in buckets are T5's; use rotary, learned or none"
@@ -249,6 +265,7 @@ RULES: tuple[Rule, ...] = (
     latent_attention_stands_alone,
     looking_ahead_needs_no_learned_positions,
     encoders_are_plain,
+    generators_fit,
     relative_positions_are_t5s,
     prefixes_are_gpts,
 )

@@ -91,6 +91,19 @@ class BERTConfig(Facts):
     sentence_head: bool = True  # pooler and two classes, for a second task
 
 
+class ELECTRAConfig(Facts):
+    """A small generator fills in masked tokens, and the encoder tells which tokens were replaced (Clark et al. 2020,
+    arXiv:2003.10555, section 2).  Both share the embeddings.
+    """
+
+    generator_layers: int = Field(gt=0)
+    generator_hidden_size: int = Field(gt=0)  # a quarter to a half of the encoder's is best (section 3.2)
+    generator_heads: int = Field(gt=0)
+    discriminator_weight: float = Field(
+        default=50.0, ge=0.0
+    )  # of its loss beside the generator's (section 2)
+
+
 class T5Config(Facts):
     """An encoder, and a decoder that reads what it made (Raffel et al. 2020, arXiv:1910.10683, section 2.1).
 

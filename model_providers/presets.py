@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from model_providers.config import ModelConfig
 from model_providers.errors import ModelError
-from model_providers.moe_config import BERTConfig, MLAConfig, MoEConfig, MTPConfig, T5Config
+from model_providers.moe_config import BERTConfig, ELECTRAConfig, MLAConfig, MoEConfig, MTPConfig, T5Config
 
 
 def _gpt2(num_layers: int, hidden_size: int, num_attention_heads: int, **facts: Any) -> ModelConfig:
@@ -135,6 +135,24 @@ def _roberta(num_layers: int, hidden_size: int, num_attention_heads: int) -> Mod
     return _bert(num_layers, hidden_size, num_attention_heads, vocab_size=50265, norm_eps=1e-5, bert=alone)
 
 
+def _electra(
+    num_layers: int, hidden_size: int, heads: int, generator_layers: int, share: int, **facts: Any
+) -> ModelConfig:
+    """Clark et al. 2020 (arXiv:2003.10555), table 6: the generator a ``share``-th as wide, with as few heads."""
+    return _bert(
+        num_layers,
+        hidden_size,
+        heads,
+        bert=BERTConfig(token_types=0, sentence_head=False),
+        electra=ELECTRAConfig(
+            generator_layers=generator_layers,
+            generator_hidden_size=hidden_size // share,
+            generator_heads=max(1, heads // share),
+        ),
+        **facts,
+    )
+
+
 def _megatron_bert(num_layers: int, hidden_size: int, num_attention_heads: int) -> ModelConfig:
     """Shoeybi et al. 2019 (arXiv:1909.08053), table 4 and section 5.3: norms before, residual outputs scaled."""
     return _bert(
@@ -246,6 +264,17 @@ PRESETS: Mapping[str, ModelConfig] = {
     "tiny-bert": _bert(
         2, 32, 4, vocab_size=128, max_sequence_length=64, hidden_dropout=0.0, attention_dropout=0.0
     ),
+    "tiny-electra": _electra(
+        2,
+        32,
+        4,
+        1,
+        2,
+        vocab_size=128,
+        max_sequence_length=64,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    ),
     "demo-bert": _bert(
         4,
         256,
@@ -305,6 +334,8 @@ PRESETS: Mapping[str, ModelConfig] = {
     "llama3-405b": _llama3(126, 16384, 128, 53248),
     "bert-base": _bert(12, 768, 12),
     "bert-large": _bert(24, 1024, 16),
+    "electra-base": _electra(12, 768, 12, 12, 3),
+    "electra-large": _electra(24, 1024, 16, 24, 4),
     "roberta-base": _roberta(12, 768, 12),
     "roberta-large": _roberta(24, 1024, 16),
     "megatron-bert-336m": _megatron_bert(24, 1024, 16),

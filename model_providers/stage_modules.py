@@ -96,11 +96,14 @@ class Block(PlanModule, TransformerLayer):
             hidden, _ = TransformerLayer.forward(
                 self,
                 value.hidden,
-                attention_mask=self.masks.hidden(value.segments),
+                attention_mask=self._hidden(value),
                 rotary_pos_emb=self._cos_sin(value),
                 inference_context=value.cache,
             )
         return value._replace(hidden=hidden)
+
+    def _hidden(self, value: Any) -> torch.Tensor | None:
+        return self.masks.hidden(getattr(value, "segments", None))
 
     def _cos_sin(self, value: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
         if self.rotary is None:
@@ -140,7 +143,7 @@ class PostNormBlock(Block):
             hidden, _ = TransformerLayer._forward_attention(
                 self,
                 value.hidden,
-                attention_mask=self.masks.hidden(value.segments),
+                attention_mask=self._hidden(value),
                 rotary_pos_emb=self._cos_sin(value),
             )
             hidden = self.mlp_norm(TransformerLayer._forward_mlp(self, self.attention_norm(hidden)))

@@ -17,7 +17,7 @@ from data_tools.ranks import Ranks
 from data_tools.rearranged import PrefixBatch
 from data_tools.span_corruption import StackedBatch
 from data_tools.training_data import TrainingData, open_data
-from model_providers.layer_plan import BERTInputs, GPTInputs, T5Inputs
+from model_providers.layer_plan import BERTInputs, ElectraInputs, GPTInputs, T5Inputs
 from pretrain.config_io import Run
 from pretrain.engine.base import MicroBatch
 from pretrain.engine.groups import Groups
@@ -102,15 +102,23 @@ def inputs_of(batch: Batch, device: torch.device) -> torch.Tensor | tuple[torch.
         return GPTInputs(tokens, segments).to_wire()
     if isinstance(batch, StackedBatch):
         return T5Inputs(tokens, _tensor(batch.targets, device), segments).to_wire()
+    if batch.replaced:
+        asked = _tensor(batch.loss_mask, device).int()
+        return ElectraInputs(tokens, _tensor(batch.labels, device), asked).to_wire()
     return BERTInputs(tokens, _tensor(batch.types, device), segments).to_wire()
 
 
 def _sentences(batches: Sequence[Batch], groups: Groups) -> list[tuple[torch.Tensor, ...]]:
-    """Labels and weights [b] of a second task per micro-batch; weights add up as the tokens' do."""
-    if not isinstance(batches[0], MaskedBatch) or batches[0].sentence_labels is None:
+    """Labels and weights [b] of a second task per micro-batch; weights add up as the tokens' do.
+
+    Of ELECTRA the samples' weights alone.
+    """
+    if not isinstance(batches[0], MaskedBatch) or batches[0].counts is None:
         return [()] * len(batches)
     there = [_tensor(batch.counts, groups.device).float() for batch in batches]  # type: ignore[union-attr]
     weights = _spread(there, groups)
+    if batches[0].replaced:
+        return [(weight,) for weight in weights]
     return [
         (_tensor(batch.sentence_labels, groups.device), weight)  # type: ignore[union-attr]
         for batch, weight in zip(batches, weights, strict=True)

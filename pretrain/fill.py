@@ -34,6 +34,10 @@ def fill(words: argparse.Namespace) -> None:
     trained = load_trained(words.checkpoint, device)
     if trained.config.model.family == "gpt":
         raise RunError(f"checkpoint={words.checkpoint}: {WAYS['gpt']}")
+    if trained.config.model.electra is not None:
+        raise RunError(
+            f"checkpoint={words.checkpoint}: an ELECTRA, which tells replaced tokens and fills in nothing"
+        )
     for text in words.text:
         if trained.config.model.family == "t5":
             print(fill_spans(trained, text, most=words.tokens))

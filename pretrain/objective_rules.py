@@ -105,11 +105,24 @@ def looking_ahead_ends_within_the_sample(run: "Run") -> str | None:
     return None
 
 
+def replaced_tokens_are_told(run: "Run") -> str | None:
+    objective, electra = run.config.data.objective, run.config.model.electra
+    replaced = isinstance(objective, MaskedLM) and objective.replaced
+    if replaced != (electra is not None):
+        has = "set" if electra is not None else "not set"
+        return (
+            f"data.objective.replaced={str(replaced).lower()} with model.electra {has}: they go together; set both, or "
+            "neither"
+        )
+    return None
+
+
 OBJECTIVE_RULES: tuple[Rule, ...] = (
     family_is_the_models,
     objective_fits_the_family,
     second_task_has_a_head,
     masked_text_is_plain,
+    replaced_tokens_are_told,
     corrupted_text_is_plain,
     prefixes_are_seen,
     looking_ahead_ends_within_the_sample,

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from data_tools.loader import Batch, SampleSource, StepShape
 from data_tools.masked_batches import MaskedBatch
@@ -92,6 +93,9 @@ def score(trained: Trained, source: SampleSource, *, num_samples: int, micro_siz
     for (batch,) in loader:
         output, logits = _outputs(trained, batch)
         mask = _asked(batch)
+        if trained.config.model.electra is not None:
+            totals += _told(output, batch)
+            continue
         losses = trained.plan.loss.token_losses(logits, torch.from_numpy(batch.labels).to(trained.device))  # type: ignore[attr-defined]
         found = logits[..., : trained.config.model.known_vocab_size].argmax(dim=-1).t().cpu().numpy()  # [b s]
         totals += (
@@ -112,6 +116,20 @@ def score(trained: Trained, source: SampleSource, *, num_samples: int, micro_siz
         accuracy=right / max(1.0, tokens),
         sentence_accuracy=sentences[0] / sentences[1] if sentences[1] else None,
     )
+
+
+def _told(output: Any, batch: Batch) -> np.ndarray:
+    """Of an ELECTRA: nats, tokens, and those of which it was told rightly whether they were replaced."""
+    logits, _, replaced = output
+    there = replaced.t()  # [s b]
+    losses = F.binary_cross_entropy_with_logits(logits.float(), there.float(), reduction="none")
+    counts = (
+        np.ones(there.size(1)) if not isinstance(batch, MaskedBatch) or batch.counts is None else batch.counts
+    )
+    rows = torch.from_numpy(counts).to(losses.device)
+    right = ((logits > 0) == there) * rows
+    length = there.size(0)
+    return np.array([float((losses * rows).sum()), length * float(rows.sum()), float(right.sum()), 0.0])
 
 
 def _outputs(trained: Trained, batch: Batch) -> tuple[Any, torch.Tensor]:

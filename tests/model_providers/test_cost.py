@@ -41,6 +41,12 @@ MIXES = {
 }
 
 STACKS = {
+    "electra": get_preset("tiny-electra"),
+    "electra, norms before, rotary": llama_like(
+        num_kv_heads=None,
+        bert={"norm": "pre", "sentence_head": False, "token_types": 0},
+        electra={"generator_layers": 1, "generator_hidden_size": 16, "generator_heads": 2},
+    ),
     "t5": llama_like(num_kv_heads=None, position_embedding="relative", t5={"num_encoder_layers": 3}),
     "t5 1.1, rotary": llama_like(num_kv_heads=None, tie_embeddings=False, t5={"num_encoder_layers": 1}),
 }

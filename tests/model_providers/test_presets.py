@@ -2,7 +2,7 @@
 
 import pytest
 
-from model_providers.cost import active_parameters, parameters
+from model_providers.cost import active_parameters, block_parameters, parameters
 from model_providers.errors import ModelError
 from model_providers.presets import PRESETS, get_preset, model_from
 
@@ -98,6 +98,14 @@ def test_printed_sizes_are_met(name: str) -> None:
     assert parameters(get_preset(name), padded=False) / 1e9 == pytest.approx(PRINTED[name], rel=tolerance)
 
 
+@pytest.mark.parametrize(("name", "printed"), [("electra-base", 110e6), ("electra-large", 335e6)])
+def test_an_electra_without_its_generator_has_the_printed_size(name: str, printed: float) -> None:
+    """Clark et al. 2020, table 1 and section 3.4."""
+    model = get_preset(name)
+    generator = model.generator.num_layers * block_parameters(model.generator)
+    assert parameters(model, padded=False) - generator == pytest.approx(printed, rel=0.01)
+
+
 def test_megatron_formula_of_table_1() -> None:
     """P = 12 l h^2 (1 + 13 / 12h + (V + s) / 12lh), Narayanan et al. 2021, equation 2; it forgets the last
     norm, 2h.
@@ -121,7 +129,10 @@ def test_every_preset_is_tested_or_ours() -> None:
         "tiny-moe",
         "demo-moe",
         "tiny-deepseek",
+        "electra-base",
+        "electra-large",
         "tiny-bert",
+        "tiny-electra",
         "demo-bert",
         "tiny-t5",
         "demo-t5",

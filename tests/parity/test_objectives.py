@@ -41,6 +41,10 @@ KINDS |= {
     },
 }
 KINDS |= {
+    "electra": {
+        "model": {"preset": "tiny-electra", "num_layers": 3, "vocab_size": None, "init_std": 0.1},
+        "data__objective": {"kind": "mlm", "replaced": True},
+    },
     "fim": {"model__vocab_size": None, "data__objective": "fim"},
     "prefix-lm": {"model__attention": "prefix", "data__objective": "prefix_lm"},
 }

@@ -313,6 +313,13 @@ CASES: tuple[tuple[str, int, dict[str, Any], dict[str, Any] | None, str], ...] =
         r"data\.documents=reset.*with objective mlm: these are for the next token; leave them out",
     ),
     (
+        "replaced_tokens_are_told",
+        1,
+        {**BERT, "data__objective__replaced": True},
+        None,
+        r"data\.objective\.replaced=true with model\.electra not set: they go together; set both, or neither",
+    ),
+    (
         "corrupted_text_is_plain",
         1,
         {**T5, "data__mask_boundary_loss": True},
