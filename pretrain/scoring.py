@@ -25,7 +25,7 @@ class Score:
     samples: int
     tokens: int  # that the model had to say
     loss: float  # nats per token
-    bits_per_byte: float
+    bits_per_byte: float | None  # None: nothing is spelled
     accuracy: float  # of the likeliest token
     sentence_accuracy: float | None = None  # of a second task
 
@@ -39,9 +39,10 @@ class Score:
             "tokens": self.tokens,
             "loss": self.loss,
             "perplexity": self.perplexity,
-            "bits_per_byte": self.bits_per_byte,
             "accuracy": self.accuracy,
         }
+        if self.bits_per_byte is not None:
+            facts["bits_per_byte"] = self.bits_per_byte
         if self.sentence_accuracy is not None:
             facts["sentence_accuracy"] = self.sentence_accuracy
         return facts
@@ -112,7 +113,7 @@ def score(trained: Trained, source: SampleSource, *, num_samples: int, micro_siz
         samples=there,
         tokens=int(tokens),
         loss=nats / max(1.0, tokens),
-        bits_per_byte=nats / math.log(2) / max(1.0, num_bytes),
+        bits_per_byte=nats / math.log(2) / num_bytes if num_bytes else None,
         accuracy=right / max(1.0, tokens),
         sentence_accuracy=sentences[0] / sentences[1] if sentences[1] else None,
     )

@@ -23,6 +23,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "model": {"preset": "tiny-bert", "vocab_size": None},
         "data__objective": {"kind": "mlm", "second_task": "sentence_order"},
     },
+    "electra": {
+        "model": {"preset": "tiny-electra", "vocab_size": None},
+        "data__objective": {"kind": "mlm", "replaced": True},
+    },
     "t5": {
         "model": {"preset": "tiny-t5", "vocab_size": None},
         "data__objective": {"kind": "span_corruption"},
