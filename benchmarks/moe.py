@@ -43,7 +43,7 @@ from benchmarks.throughput import (
 from model_providers.config import MoEConfig
 from model_providers.cost import active_parameters, parameters
 from model_providers.dispatch import Nodes, Traffic
-from model_providers.gpt import build_plan
+from model_providers.families import build_plan
 from model_providers.layout import Layout
 from model_providers.moe_layer import ExpertLayer
 from model_providers.random_streams import seed_streams

@@ -36,7 +36,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from model_providers.config import ModelConfig
 from model_providers.cost import parameters, train_flops_per_token
-from model_providers.gpt import build_plan
+from model_providers.families import build_plan
 from model_providers.layout import Layout
 from pretrain.config import OptimizerConfig
 from pretrain.ds_config import Facts, complete

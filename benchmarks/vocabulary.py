@@ -25,7 +25,7 @@ from rich.table import Table
 
 from model_providers.config import ModelConfig
 from model_providers.cost import layer_costs
-from model_providers.gpt import build_plan
+from model_providers.families import build_plan
 from model_providers.layout import Layout
 from model_providers.partition import partition_by
 from pretrain.engine.auto_schedule import LayerTimes, measure

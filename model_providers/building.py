@@ -12,6 +12,7 @@ from torch import nn
 from model_providers import mcore_on_cpu
 from model_providers.config import ModelConfig
 from model_providers.cost import LayerCost, layer_costs
+from model_providers.dispatch import Nodes
 from model_providers.errors import ModelError
 from model_providers.initial import draw_weights
 from model_providers.kernels import Kernels, choose_kernels
@@ -36,6 +37,8 @@ class Building(NamedTuple):
     costs: Sequence[LayerCost]
     seed: int
     device: torch.device
+    recompute: Recompute
+    nodes: Nodes | None  # how ranks that share experts lie on machines
 
     @classmethod
     def prepare(
@@ -47,11 +50,16 @@ class Building(NamedTuple):
         seed: int,
         sequence_length: int,
         target_length: int | None = None,
-        params_dtype: torch.dtype,
-        device: torch.device | str,
-        kernels: str,
-        recompute: Recompute,
+        params_dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        kernels: str = "auto",
+        recompute: Recompute = NO_RECOMPUTE,
+        nodes: Nodes | None = None,
     ) -> Self:
+        """``groups``: a ProcessGroupCollection with tp, cp and pp, and with experts all that concerns them; or
+        ``solo_groups()`` for a single process.  Of two stacks ``sequence_length`` is the encoder's, and
+        ``target_length`` the decoder's.
+        """
         problems = layout_problems(model, layout, sequence_length, target_length)
         if problems:
             raise ModelError("; ".join(problems))
@@ -71,7 +79,7 @@ class Building(NamedTuple):
             sequence_parallel=layout.shards_sequence,
             bytes_per_value=params_dtype.itemsize,
         )
-        return cls(model, layout, groups, config, chosen, costs, seed, device)
+        return cls(model, layout, groups, config, chosen, costs, seed, device, recompute, nodes)
 
     def layers(
         self, modules: Mapping[str, Construct], ties: tuple[Tie, ...], *, checkpointable: tuple[str, ...]

@@ -23,7 +23,6 @@ from model_providers.layer_plan import (
     ElectraValue,
     LayerPlan,
     PlanModule,
-    Recompute,
     Tie,
 )
 from model_providers.linears import ReplicatedLinear
@@ -216,12 +215,17 @@ class ReplacedLoss:
         return (losses * asked.t()).sum() + self.weight * (per_sample * samples).sum()
 
 
-def build_electra_plan(building: Building, recompute: Recompute) -> LayerPlan:
+def plan(building: Building) -> LayerPlan:
+    """Generator and encoder."""
     model, groups, config, chosen = building.model, building.groups, building.config, building.kernels
     assert model.electra is not None
     small, masks = model.generator, MaskMaker()
     small_config = mcore_config(
-        small, building.layout, params_dtype=config.params_dtype, recompute=recompute, fuse=chosen.fuse
+        small,
+        building.layout,
+        params_dtype=config.params_dtype,
+        recompute=building.recompute,
+        fuse=chosen.fuse,
     )
 
     def rotary(of: ModelConfig) -> RotaryTable | None:
@@ -251,7 +255,7 @@ def build_electra_plan(building: Building, recompute: Recompute) -> LayerPlan:
         loss=ReplacedLoss(model.electra.discriminator_weight),
         inputs_type=ElectraInputs,
         value_type=ElectraValue,
-        recompute=recompute,
+        recompute=building.recompute,
         checkpoint_function=checkpoint,
     )
 

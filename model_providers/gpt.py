@@ -1,15 +1,9 @@
 """GPT as a plan of layers: embedding, blocks, final norm, layers that look ahead, head."""
 
 from functools import partial
-from typing import Any
 
-import torch
-
-from model_providers.building import NO_RECOMPUTE, WORD_EMBEDDINGS, Building, Construct, checkpoint
-from model_providers.config import ModelConfig
-from model_providers.dispatch import Nodes
-from model_providers.layer_plan import GPTInputs, GPTValue, LayerPlan, Recompute, Tie
-from model_providers.layout import Layout
+from model_providers.building import WORD_EMBEDDINGS, Building, Construct, checkpoint
+from model_providers.layer_plan import GPTInputs, GPTValue, LayerPlan, Tie
 from model_providers.losses import VocabularyShare, WeightedLoss
 from model_providers.masks import MaskMaker
 from model_providers.moe_layer import ExpertPlace
@@ -17,38 +11,12 @@ from model_providers.rotary import RotaryTable
 from model_providers.stage_modules import Block, Embedding, FinalNorm, Head, LookAhead
 
 
-def build_plan(
-    model: ModelConfig,
-    layout: Layout,
-    groups: Any,
-    *,
-    seed: int,
-    sequence_length: int,
-    target_length: int | None = None,
-    params_dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    kernels: str = "auto",
-    recompute: Recompute = NO_RECOMPUTE,
-    nodes: Nodes | None = None,
-) -> LayerPlan:
-    """``groups``: a ProcessGroupCollection with tp, cp and pp, and with experts all that concerns them; or
-    ``solo_groups()`` for a single process.  ``nodes``: how ranks that share experts lie on machines.
-    """
-    building = Building.prepare(
-        model,
-        layout,
-        groups,
-        seed=seed,
-        sequence_length=sequence_length,
-        params_dtype=params_dtype,
-        device=device,
-        kernels=kernels,
-        recompute=recompute,
-    )
-    config, chosen = building.config, building.kernels
+def plan(building: Building) -> LayerPlan:
+    """The layers of `layer_plan.GPTValue`."""
+    model, groups, config, chosen = building.model, building.groups, building.config, building.kernels
     rotary = RotaryTable(model) if model.position_embedding == "rotary" else None
     masks = MaskMaker(has_prefix=model.attention == "prefix")
-    experts = ExpertPlace(groups, layout, nodes)
+    experts = ExpertPlace(groups, building.layout, building.nodes)
 
     def block(index: int, has_experts: bool) -> Block:
         placed = experts if has_experts else None
@@ -78,6 +46,6 @@ def build_plan(
         ),
         inputs_type=GPTInputs,
         value_type=GPTValue,
-        recompute=recompute,
+        recompute=building.recompute,
         checkpoint_function=checkpoint,
     )

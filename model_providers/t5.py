@@ -1,15 +1,10 @@
 """T5 as a plan of layers: embedding, encoder, norm, the decoder's embedding, decoder, norm, head."""
 
 from functools import partial
-from typing import Any
 
-import torch
-
-from model_providers.building import NO_RECOMPUTE, WORD_EMBEDDINGS, Building, Construct, checkpoint
+from model_providers.building import WORD_EMBEDDINGS, Building, Construct, checkpoint
 from model_providers.config import ModelConfig
-from model_providers.errors import ModelError
-from model_providers.layer_plan import LayerPlan, Recompute, T5Inputs, T5Value, Tie
-from model_providers.layout import Layout
+from model_providers.layer_plan import LayerPlan, T5Inputs, T5Value, Tie
 from model_providers.losses import VocabularyShare, WeightedLoss
 from model_providers.masks import MaskMaker
 from model_providers.rotary import RotaryTable
@@ -18,36 +13,10 @@ from model_providers.t5_modules import SourceEmbedding, StackBlock, StackNorm, T
 RELATIVE_BIAS = "relative_bias.weight"
 
 
-def build_plan(
-    model: ModelConfig,
-    layout: Layout,
-    groups: Any,
-    *,
-    seed: int,
-    sequence_length: int,
-    target_length: int | None = None,
-    params_dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    kernels: str = "auto",
-    recompute: Recompute = NO_RECOMPUTE,
-    nodes: Any = None,
-) -> LayerPlan:
-    """As `gpt.build_plan`; ``sequence_length`` is the encoder's, ``target_length`` the decoder's."""
-    if model.t5 is None:
-        raise ModelError("family=t5: the model has no t5 section; name a preset such as t5-small")
-    building = Building.prepare(
-        model,
-        layout,
-        groups,
-        seed=seed,
-        sequence_length=sequence_length,
-        target_length=target_length,
-        params_dtype=params_dtype,
-        device=device,
-        kernels=kernels,
-        recompute=recompute,
-    )
-    config, chosen = building.config, building.kernels
+def plan(building: Building) -> LayerPlan:
+    """Encoder and decoder."""
+    model, groups, config, chosen = building.model, building.groups, building.config, building.kernels
+    assert model.t5 is not None
     rotary = RotaryTable(model) if model.position_embedding == "rotary" else None
     masks = MaskMaker()
 
@@ -70,7 +39,7 @@ def build_plan(
         loss=WeightedLoss(VocabularyShare(model.known_vocab_size, model.padded_vocab_size, groups.tp)),
         inputs_type=T5Inputs,
         value_type=T5Value,
-        recompute=recompute,
+        recompute=building.recompute,
         checkpoint_function=checkpoint,
     )
 

@@ -14,7 +14,7 @@ from torch import nn
 from data_tools.tokenizer import Tokenizer, load_tokenizer
 from model_providers.building import solo_groups
 from model_providers.config import ModelConfig
-from model_providers.families import PLAN_BUILDERS
+from model_providers.families import build_plan
 from model_providers.generation import generation_cache, next_logits
 from model_providers.layer_plan import LayerPlan
 from model_providers.layout import Layout, TensorPlace
@@ -116,7 +116,7 @@ def load_trained(path: Path, device: torch.device, *, family: str | None = None)
     if family is not None and config.model.family != family:
         raise RunError(f"checkpoint={path}: {WAYS[config.model.family]}")
     layout = Layout(tp=1, pp=1, dp=1)
-    plan = PLAN_BUILDERS[config.model.family](
+    plan = build_plan(
         config.model,
         layout,
         solo_groups(),

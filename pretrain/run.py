@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from data_tools.training_data import TrainingData
-from model_providers.families import PLAN_BUILDERS
+from model_providers.families import build_plan
 from model_providers.layer_plan import GPTInputs, LayerPlan, Recompute
 from pretrain.batches import Feed, open_run_data
 from pretrain.checkpoint import save_load, store
@@ -125,7 +125,7 @@ def settle_schedule(run: Run, plan: LayerPlan, groups: Groups) -> tuple[Run, Gro
 def make_plan(run: Run, groups: Groups) -> LayerPlan:
     """The model as layers, for this rank's place."""
     config = run.config
-    return PLAN_BUILDERS[config.model.family](
+    return build_plan(
         config.model,
         run.layout,
         groups.collection,

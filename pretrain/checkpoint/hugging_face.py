@@ -21,7 +21,7 @@ from data_tools.tokenizer_export import complete
 from data_tools.tokenizer_files import TOKENIZER_FILE
 from model_providers.building import solo_groups
 from model_providers.config import ModelConfig
-from model_providers.families import PLAN_BUILDERS
+from model_providers.families import build_plan
 from model_providers.hugging_face import entries
 from model_providers.hugging_face.architectures import config_to_hugging_face, model_from_hugging_face
 from model_providers.hugging_face.weights import entries_of, their_name, without_heads
@@ -83,7 +83,7 @@ def import_checkpoint(source: Path, out: Path, *, sequence_length: int | None = 
     model = model_from_hugging_face(theirs)
     files = _Files(source, model)
     dtype = next(iter(files.values())).dtype
-    plan = PLAN_BUILDERS[model.family](
+    plan = build_plan(
         model,
         Layout(tp=1, pp=1, dp=1),
         solo_groups(),

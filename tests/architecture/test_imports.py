@@ -10,7 +10,7 @@ from typing import get_args
 
 import pytest
 
-from model_providers.families import PLAN_BUILDERS
+from model_providers.families import PLANS
 from pretrain.config import RunConfig
 
 ROOMS = {
@@ -183,7 +183,7 @@ def test_only_one_module_assigns_into_another_library() -> None:
 
 def test_every_family_of_a_run_file_has_a_plan_and_a_program() -> None:
     families = get_args(get_args(RunConfig.model_fields["family"].annotation)[0])
-    assert set(PLAN_BUILDERS) == set(families)
+    assert set(PLANS) == set(families)
     assert all(hasattr(importlib.import_module(f"pretrain.{family}"), "main") for family in families)
 
 

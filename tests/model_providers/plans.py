@@ -13,7 +13,7 @@ from torch import nn
 
 from model_providers.building import solo_groups
 from model_providers.config import ModelConfig
-from model_providers.families import PLAN_BUILDERS
+from model_providers.families import build_plan
 from model_providers.layer_plan import LayerPlan, Targets
 from model_providers.layout import Layout, TensorPlace
 from model_providers.logical import describe_parameter, merge
@@ -72,7 +72,7 @@ class Built:
 
 def build(model: ModelConfig, layout: Layout | None = None, groups: Any = None, **options: Any) -> Built:
     options = {"seed": 1, "sequence_length": SEQUENCE} | options
-    plan = PLAN_BUILDERS[model.family](model, layout or Layout(), groups or solo_groups(), **options)
+    plan = build_plan(model, layout or Layout(), groups or solo_groups(), **options)
     layers = nn.ModuleDict({layer.name.replace(".", "/"): layer.build() for layer in plan.layers})
     for tie in plan.ties:
         owner, user = (layers[name.replace(".", "/")] for name in (tie.owner, tie.user))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model_providers.dispatch import Nodes, reorder, restore, routes
-from model_providers.gpt import build_plan
+from model_providers.families import build_plan
 from model_providers.layout import Layout
 from model_providers.random_streams import seed_streams
 from model_providers.router import set_loss_scale

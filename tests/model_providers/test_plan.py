@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from model_providers.building import solo_groups
 from model_providers.errors import ModelError
-from model_providers.gpt import build_plan
+from model_providers.families import build_plan
 from model_providers.layer_plan import GPTInputs, GPTValue, PlanModule
 from model_providers.layout import Layout, TensorPlace
 from model_providers.logical import LogicalParameter, describe, merge, split
