@@ -61,7 +61,20 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 IN_ALL, IN_SOME = ("bert", "t5"), ("tp2+sp-zero3", "pp2-tp2+sp-zb-v")
-CELLS = [(kind, layout) for kind in KINDS for layout in (LAYOUTS if kind in IN_ALL else IN_SOME)]
+RARE = {
+    *(("bert", layout) for layout in ("tp2", "pp2-dp2", "pp4-recompute")),
+    *(("t5", layout) for layout in ("dp2-zero2", "pp2-dp2", "pp2-interleaved")),
+}
+CELLS = [
+    pytest.param(
+        kind,
+        layout,
+        id=f"{kind}-{layout}",
+        marks=[pytest.mark.thorough] if (kind, layout) in RARE else [],
+    )
+    for kind in KINDS
+    for layout in (LAYOUTS if kind in IN_ALL else IN_SOME)
+]
 
 
 @pytest.mark.ranks
