@@ -15,16 +15,19 @@ MASKED_WORDS = {"mask": "mask_token", "begin": "cls_token", "separator": "sep_to
 
 
 def complete(
-    folder: Path, objective: Objective | None, special: SpecialTokens, *, end_of_document: int
+    folder: Path, objective: Objective | None, special: SpecialTokens, *, end_of_document: int | None
 ) -> None:
-    """Rewrite the tokenizer's files in ``folder``; ids stay what they were in training."""
-    if objective is None:
-        return
+    """Rewrite the tokenizer's files in ``folder``, with the token that ends a document as ``eos_token``; ids stay what
+    they were in training.
+    """
     pieces = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
     pieces.add_special_tokens([AddedToken(name, special=True) for name in special.appended])
     found = {name: pieces.token_to_id(name) for name in special.appended}
     assert found == dict(special.appended), "the tokenizer numbers what is appended otherwise"
     settings: dict[str, Any] = json.loads((folder / SETTINGS_FILE).read_text("utf-8"))
+    end = None if end_of_document is None else pieces.id_to_token(end_of_document)
+    if end is not None:
+        settings["eos_token"] = end
     names = {role: _name(pieces, role, special) for role in special.ids}
     if isinstance(objective, MaskedLM):
         begin, separator = names["begin"], names["separator"]
@@ -34,12 +37,11 @@ def complete(
             special_tokens=[(begin, special["begin"]), (separator, special["separator"])],
         )
         settings |= {word: names[role] for role, word in MASKED_WORDS.items()}
-    if isinstance(objective, SpanCorruption):
-        end = pieces.id_to_token(end_of_document)
+    if isinstance(objective, SpanCorruption) and end is not None:
         pieces.post_processor = TemplateProcessing(
             single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, end_of_document)]
         )
-        settings |= {"pad_token": names["padding"], "eos_token": end}
+        settings["pad_token"] = names["padding"]
     pieces.save(str(folder / TOKENIZER_FILE))
     (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
 

@@ -56,11 +56,15 @@ def export_checkpoint(checkpoint: Path, out: Path, *, dtype: str | None, shard_b
     facts = config_to_hugging_face(model) | {"bos_token_id": None, "pad_token_id": None}
     tokenizer, objective = load_tokenizer(str(checkpoint / TOKENIZER)), config.data.objective
     special = special_tokens(tokenizer, objective)
+    try:
+        end = tokenizer.end_of_document
+    except DataError:  # a corpus may have been prepared without
+        end = None
     with _Whole(out) as folder:
         weights = _Layers(WeightFolder(checkpoint / WEIGHTS))
         named = _converted(weights, model, DTYPES[dtype] if dtype is not None else None)
         kept = _write_shards(named, folder, shard_bytes)
-        facts |= {"dtype": str(kept).removeprefix("torch."), "eos_token_id": tokenizer.end_of_document}
+        facts |= {"dtype": str(kept).removeprefix("torch."), "eos_token_id": end}
         if "padding" in special.ids:
             facts["pad_token_id"] = special["padding"]
         if model.t5 is not None and "padding" in special.ids:
@@ -70,7 +74,7 @@ def export_checkpoint(checkpoint: Path, out: Path, *, dtype: str | None, shard_b
             return ["the tokenizer is plain bytes, which transformers does not have: no tokenizer files"]
         shutil.copytree(checkpoint / TOKENIZER, folder, dirs_exist_ok=True)
         if (folder / TOKENIZER_FILE).is_file():
-            complete(folder, objective, special, end_of_document=tokenizer.end_of_document)
+            complete(folder, objective, special, end_of_document=end)
     return []
 
 
