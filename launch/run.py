@@ -65,6 +65,11 @@ def checked(path: str, words: list[str], *, num_ranks: int, deepspeed_config: st
         faults.append(
             f"--ranks {num_ranks}: this machine has {num_gpus()} GPUs; start at most one rank on each"
         )
+    if run.layout.dispatcher == "hierarchical":
+        faults.append(
+            "layout.dispatcher=hierarchical: megaloom run starts all ranks on this machine, which has no inside; use "
+            "alltoall here, and hierarchical with deepspeed --hostfile"
+        )
     if faults:
         raise RunError("\n".join(faults))
     check_data(run.config.data)

@@ -111,6 +111,18 @@ def test_a_signal_ends_the_run_in_order(run_file: Path, tmp_path: Path, number: 
             ["optimizer.type=Lamb", "deepspeed=zero0.json"],
             "optimizer.type=Lamb: DeepSpeed has it for GPUs only",
         ),
+        (
+            [
+                "--ranks",
+                "2",
+                "layout.ep=2",
+                "layout.dispatcher=hierarchical",
+                "model.moe.num_experts=4",
+                "model.moe.top_k=2",
+                "model.moe.ffn_hidden_size=16",
+            ],
+            "layout.dispatcher=hierarchical: megaloom run starts all ranks on this machine",
+        ),
         (["nonsense"], "overrides are written key=value"),
         (["--ranks", "0"], "0: give 1 or more"),
         (["layout.tp=true"], "layout.tp=True: must be a number"),
