@@ -13,6 +13,8 @@ PLAIN: dict[str, Any] = {
     "mtp": None,
     "bert": None,
     "t5": None,
+    "electra": None,
+    "attention": "causal",
 }
 
 

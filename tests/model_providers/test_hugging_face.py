@@ -17,6 +17,7 @@ from model_providers.hugging_face.architectures import (
 )
 from model_providers.hugging_face.weights import weights_from_hugging_face, weights_to_hugging_face
 from model_providers.layer_plan import Targets
+from model_providers.presets import get_preset
 from tests.model_providers.plans import (
     Built,
     assert_same_tensors,
@@ -224,4 +225,16 @@ def test_what_cannot_be_converted_is_named(config: dict[str, Any], message: str)
 )
 def test_a_model_without_hugging_face_form_says_why(model: ModelConfig, reason: str) -> None:
     with pytest.raises(ModelError, match=reason):
+        family(model)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (llama_like(attention="prefix"), r"not Llama \(attention=prefix\)"),
+        (get_preset("tiny-electra"), r"not BERT \(electra, "),
+    ],
+)
+def test_what_would_be_lost_is_not_exported(model: ModelConfig, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
         family(model)
