@@ -11,7 +11,15 @@ from rich.console import Console
 
 from data_tools.training_data import TrainingData
 from model_providers.families import build_plan
-from model_providers.layer_plan import GPTInputs, LayerPlan, Recompute
+from model_providers.layer_plan import (
+    BERTInputs,
+    ElectraInputs,
+    GPTInputs,
+    LayerPlan,
+    Recompute,
+    T5Inputs,
+    Wire,
+)
 from pretrain.batches import Feed, open_run_data
 from pretrain.checkpoint import save_load, store
 from pretrain.checkpoint.state import RunState, layout_of, model_of
@@ -21,7 +29,7 @@ from pretrain.checkpoint.weights import WeightLoader
 from pretrain.config_io import Run
 from pretrain.config_rules import AUTO_SCHEDULE, device_faults
 from pretrain.engine import auto_schedule, preflight
-from pretrain.engine.base import Engine, MicroBatch
+from pretrain.engine.base import Engine
 from pretrain.engine.groups import Groups, join
 from pretrain.engine.layers import tied_names
 from pretrain.engine.pipeline import build_pipeline_engine
@@ -95,16 +103,26 @@ def check_place(run: Run, groups: Groups) -> None:
         raise RunError(fault)
 
 
+def blank_inputs(run: Run, plan: LayerPlan, groups: Groups) -> Wire:
+    """What the plan's first layer takes of one micro-batch, in the run's shapes."""
+    shape = (run.micro_size, run.config.data.sequence_length)
+    tokens = torch.zeros(shape, dtype=torch.int64, device=groups.device)
+    segments = torch.zeros(shape, dtype=torch.int32, device=groups.device)
+    if plan.inputs_type is ElectraInputs:
+        return ElectraInputs(tokens, tokens, segments).to_wire()
+    if plan.inputs_type is BERTInputs:
+        return BERTInputs(tokens).to_wire()
+    if plan.inputs_type is T5Inputs:
+        return T5Inputs(tokens, tokens.new_zeros(run.micro_size, run.config.target_length or 1)).to_wire()
+    has_segments = run.config.data.documents == "reset" or run.config.model.attention == "prefix"
+    return GPTInputs(tokens, segments if has_segments else None).to_wire()
+
+
 def settle_schedule(run: Run, plan: LayerPlan, groups: Groups) -> tuple[Run, Groups]:
     """`layout.schedule: auto` becomes the schedule that is expected to be the fastest here; every rank calls it."""
     if run.config.layout.schedule != AUTO_SCHEDULE or run.layout.pp == 1:
         return run, groups
-    shape = (run.micro_size, run.config.data.sequence_length)
-    tokens = torch.zeros(shape, dtype=torch.int64, device=groups.device)
-    segments = torch.zeros(shape, dtype=torch.int32, device=groups.device)
-    inputs = GPTInputs(tokens, segments if run.config.data.documents == "reset" else None)
-    batch = MicroBatch(inputs.to_wire(), (tokens, tokens))
-    layers, transfer_s = auto_schedule.measure(plan, batch, groups)
+    layers, transfer_s = auto_schedule.measure(plan, blank_inputs(run, plan, groups), groups)
     found = auto_schedule.candidates(
         run,
         layers,

@@ -15,10 +15,9 @@ import torch
 import torch.distributed as dist
 
 from model_providers import weight_gradients
-from model_providers.layer_plan import LayerPlan, PlannedLayer
+from model_providers.layer_plan import LayerPlan, PlannedLayer, Wire
 from pretrain import config_rules
 from pretrain.config_io import Run
-from pretrain.engine.base import MicroBatch
 from pretrain.engine.groups import Groups
 from pretrain.engine.messages import as_list, with_gradient
 from pretrain.engine.schedules.catalogue import SCHEDULES
@@ -59,10 +58,10 @@ class Candidate:
         return f"{self.schedule}{chunks}: {passes}, {self.live:.3g} micro-batches held"
 
 
-def measure(plan: LayerPlan, batch: MicroBatch, groups: Groups) -> tuple[list[LayerTimes], float]:
+def measure(plan: LayerPlan, inputs: Wire, groups: Groups) -> tuple[list[LayerTimes], float]:
     """Times of all layers of the plan, and of one message of activations; the mean over ranks; collective."""
     by_kind: dict[str, LayerTimes] = {}
-    value: torch.Tensor | tuple[torch.Tensor, ...] = batch.inputs
+    value = inputs
     message: torch.Tensor | None = None
     for layer in plan.layers:
         if _kind(layer) not in by_kind:
@@ -78,8 +77,10 @@ def measure(plan: LayerPlan, batch: MicroBatch, groups: Groups) -> tuple[list[La
 
 
 def _kind(layer: PlannedLayer) -> str:
-    """Blocks of equal cost take equal times: dense ones, or those with experts."""
-    return f"block of {layer.cost.parameters}" if layer.name.startswith("layers.") else layer.name
+    """Blocks of one stack and of equal cost take equal times: dense ones, or those with experts."""
+    stack = layer.name.split(".")[0]
+    is_block = layer.checkpointable and stack != "mtp"  # each of those adds to what the head is given
+    return f"{stack} of {layer.cost.parameters}" if is_block else layer.name
 
 
 def _time_layer(layer: PlannedLayer, value, groups: Groups):  # type: ignore[no-untyped-def]
@@ -99,8 +100,8 @@ def _time_layer(layer: PlannedLayer, value, groups: Groups):  # type: ignore[no-
             times.append(_seconds(partial(torch.autograd.backward, ends, ones), groups))
         times.append(_seconds(partial(store.compute, lambda parameter, gradient: None), groups))
         best = [min(pair) for pair in zip(best, times, strict=True)]
-    result = outputs[0].detach() if isinstance(value, torch.Tensor) else tuple(o.detach() for o in outputs)
-    return LayerTimes(*best), result
+    result = tuple(output.detach() for output in outputs)
+    return LayerTimes(*best), result[0] if len(result) == 1 else result
 
 
 def _time_message(tensor: torch.Tensor, groups: Groups) -> float:

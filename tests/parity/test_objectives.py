@@ -56,6 +56,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2-dp2": (4, {"layout": {"pp": 2}}),
     "pp2-interleaved": (2, {"layout": {"pp": 2, "schedule": "interleaved", "chunks": 2}}),
     "pp2-tp2+sp-zb-v": (4, {"layout": {"pp": 2, "schedule": "zb-v", "chunks": 2, **SP2}}),
+    "pp2-auto": (2, {"layout": {"pp": 2, "schedule": "auto"}}),
     "pp4-recompute": (4, {"layout": {"pp": 4}, "recompute": "full"}),
 }
 
@@ -74,7 +75,8 @@ CELLS = [
     )
     for kind in KINDS
     for layout in (LAYOUTS if kind in IN_ALL else IN_SOME)
-]
+    if layout != "pp2-auto"
+] + [pytest.param(kind, "pp2-auto", id=f"{kind}-pp2-auto") for kind in ("bert", "electra", "t5")]
 
 
 @pytest.mark.ranks
