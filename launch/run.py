@@ -18,6 +18,7 @@ def main(argv: list[str]) -> None:
     words = parser().parse_intermixed_args(argv)
     num_ranks = words.ranks or max(1, num_gpus())
     run = checked(words.run, words.words, num_ranks=num_ranks, deepspeed_config=words.deepspeed_config)
+    check_before_start(run)
     arguments = [words.run, *words.words]
     if words.deepspeed_config:
         arguments += ["--deepspeed_config", words.deepspeed_config]
@@ -73,5 +74,4 @@ def checked(path: str, words: list[str], *, num_ranks: int, deepspeed_config: st
     if faults:
         raise RunError("\n".join(faults))
     check_data(run.config.data)
-    check_before_start(run)
     return run
