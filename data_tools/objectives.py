@@ -12,6 +12,16 @@ class _Facts(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _refuse_unheard(facts: _Facts, names: set[str], key: str, heard: bool) -> None:
+    """A value that another makes idle, and that is not the default one, was meant to do something."""
+    for name in sorted(names):
+        value = getattr(facts, name)
+        if not heard and value != type(facts).model_fields[name].default:
+            raise ValueError(
+                f"{name}={value} with {key}={getattr(facts, key)}: has no effect; leave one of them out"
+            )
+
+
 class MaskedLM(_Facts):
     """Fill in what is masked (Devlin et al. 2019, arXiv:1810.04805, section 3.1)."""
 
@@ -34,6 +44,12 @@ class MaskedLM(_Facts):
             raise ValueError(
                 f"mask_share={self.mask_share} and random_share={self.random_share}: together above 1; lower one"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _all_is_heard(self) -> "MaskedLM":
+        _refuse_unheard(self, {"span_p", "span_max"}, "unit", self.unit == "span")
+        _refuse_unheard(self, {"short_share"}, "second_task", self.second_task != "none")
         return self
 
 
@@ -59,6 +75,11 @@ class SpanCorruption(_Facts):
     mean_span: float = Field(default=3.0, ge=1)
     mixture: Literal["t5", "ul2"] = "t5"  # ul2: seven denoisers (Tay et al. 2022, arXiv:2205.05131, table 1)
     target_length: int | None = Field(default=None, gt=1)  # None: what the inputs' spans need
+
+    @model_validator(mode="after")
+    def _all_is_heard(self) -> "SpanCorruption":
+        _refuse_unheard(self, {"noise_density", "mean_span"}, "mixture", self.mixture == "t5")
+        return self
 
 
 def _named(value: Any) -> Any:

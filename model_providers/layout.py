@@ -174,6 +174,11 @@ def layout_problems(
             f"layout.tp={tp}: does not divide model.ffn_hidden_size={model.ffn_width}; choose layout.tp or "
             "model.ffn_hidden_size to fit"
         )
+    if model.electra is not None and (model.electra.generator_heads % tp or model.generator.ffn_width % tp):
+        problems.append(
+            f"layout.tp={tp}: does not divide model.electra.generator_heads={model.electra.generator_heads} or the "
+            f"generator's MLP of {model.generator.ffn_width}; choose one of {_divisors(model.electra.generator_heads)}"
+        )
     if model.vocab_size is not None and model.padded_vocab_size % tp:
         problems.append(
             f"layout.tp={tp}: does not divide the padded vocabulary of {model.padded_vocab_size}; "

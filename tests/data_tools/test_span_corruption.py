@@ -120,3 +120,16 @@ def test_what_does_not_fit_says_so(facts: dict[str, Any], length: int, message: 
             sequence_length=length,
             objective={"kind": "span_corruption", **facts},  # type: ignore[arg-type]
         )
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"kind": "span_corruption", "mixture": "ul2", "mean_span": 9}, r"mean_span=9\.0 with mixture=ul2"),
+        ({"kind": "mlm", "span_p": 0.5}, r"span_p=0\.5 with unit=token: has no effect"),
+        ({"kind": "mlm", "short_share": 0.5}, r"short_share=0\.5 with second_task=none"),
+    ],
+)
+def test_a_value_that_would_do_nothing_is_refused(facts: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        DataConfig(train="x", sequence_length=64, objective=facts)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ import torch
 from model_providers.config import ModelConfig
 from model_providers.electra import Replacement
 from model_providers.layer_plan import ElectraInputs
+from model_providers.layout import Layout, layout_problems
 from tests.model_providers.plans import build, gpt2_like
 
 ELECTRA = {
@@ -66,3 +67,11 @@ def test_an_electra_says_what_it_needs() -> None:
         model(electra={"generator_layers": 1, "generator_hidden_size": 16, "generator_heads": 3})
     with pytest.raises(ValueError, match="tie_embeddings=False with electra"):
         model(tie_embeddings=False)
+
+
+def test_a_generator_must_be_cut_too() -> None:
+    problems = layout_problems(model(), Layout(tp=4), 16)
+    assert (
+        len(problems) == 1 and "layout.tp=4: does not divide model.electra.generator_heads=2" in problems[0]
+    )
+    assert not layout_problems(model(), Layout(tp=2), 16)
