@@ -87,7 +87,7 @@ class ElectraValue(NamedTuple):
     @classmethod
     def from_wire(cls, wire: "Wire") -> Self:
         parts = _by_dtype(wire)
-        floats = [tensor for dtype, some in parts.items() if dtype.is_floating_point for tensor in some]
+        floats = _floats(parts)
         hidden = next(tensor for tensor in floats if tensor.dim() == 3)
         losses = next((tensor for tensor in floats if tensor.dim() == 2), None)
         tokens, originals = parts[torch.int64]
@@ -128,9 +128,7 @@ class T5Value(NamedTuple):
     @classmethod
     def from_wire(cls, wire: "Wire") -> Self:
         parts = _by_dtype(wire)
-        hidden, *memory = (
-            tensor for dtype, tensors in parts.items() if dtype.is_floating_point for tensor in tensors
-        )
+        hidden, *memory = _floats(parts)
         return cls(
             hidden,
             next(iter(memory), None),
@@ -155,9 +153,7 @@ class GPTValue(NamedTuple):
     def from_wire(cls, wire: "Wire") -> Self:
         """Parts are told apart by their number formats, so an absent one leaves no gap."""
         parts = _by_dtype(wire)
-        hidden, *ahead = (
-            tensor for dtype, tensors in parts.items() if dtype.is_floating_point for tensor in tensors
-        )
+        hidden, *ahead = _floats(parts)
         return cls(
             hidden,
             segments=next(iter(parts[torch.int32]), None),
@@ -239,6 +235,11 @@ def _by_dtype(wire: Wire) -> dict[torch.dtype, list[torch.Tensor]]:
     for tensor in (wire,) if isinstance(wire, torch.Tensor) else wire:
         parts[tensor.dtype].append(tensor)
     return parts
+
+
+def _floats(parts: dict[torch.dtype, list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Those of every floating-point format, in the order in which the formats came."""
+    return [tensor for dtype, tensors in parts.items() if dtype.is_floating_point for tensor in tensors]
 
 
 class PlanModule(nn.Module):
