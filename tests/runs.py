@@ -1,6 +1,7 @@
 """Small runs for tests: a corpus of made-up sentences, a tiny model, and any value overridden by dotted key."""
 
 import random
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def tiny(corpus: str, out: Path, **changes: Any) -> dict[str, Any]:
         "kernels": "torch",
     }
     for key, value in changes.items():
-        put(raw, key.replace("__", "."), value)
+        put(raw, key.replace("__", "."), deepcopy(value))  # later keys are put into it
     return raw
 
 
