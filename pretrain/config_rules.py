@@ -5,16 +5,15 @@
 
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from model_providers.layout import Layout, layout_problems
 from pretrain.checkpoint import store
 from pretrain.config import BatchConfig, RunConfig
-from pretrain.ds_config import optimizer_is_offloaded
+from pretrain.ds_config import offload_place, optimizer_is_offloaded
 from pretrain.engine.schedules.catalogue import SCHEDULES, schedule_fault
 from pretrain.errors import RunError
 from pretrain.expert_rules import EXPERT_RULES
@@ -232,7 +231,7 @@ def optimizer_offload_needs_zero(run: "Run") -> str | None:
 
 
 def optimizer_nvme_needs_zero_3(run: "Run") -> str | None:
-    if _device(run, "offload_optimizer") == "nvme" and run.zero_stage < 3:
+    if offload_place(run.deepspeed, "offload_optimizer") == "nvme" and run.zero_stage < 3:
         return (
             f"zero_optimization.offload_optimizer.device=nvme with stage={run.zero_stage}: DeepSpeed swaps "
             "to NVMe in stage 3 only and would keep everything in memory; use stage 3 (pp=1), or device=cpu"
@@ -241,7 +240,7 @@ def optimizer_nvme_needs_zero_3(run: "Run") -> str | None:
 
 
 def parameter_offload_needs_zero_3(run: "Run") -> str | None:
-    device = _device(run, "offload_param")
+    device = offload_place(run.deepspeed, "offload_param")
     if device != "none" and run.zero_stage < 3:
         return (
             f"zero_optimization.offload_param.device={device} with stage={run.zero_stage}: only stage 3 "
@@ -252,7 +251,7 @@ def parameter_offload_needs_zero_3(run: "Run") -> str | None:
 
 def nvme_needs_a_folder(run: "Run") -> str | None:
     for section in ("offload_param", "offload_optimizer"):
-        if _device(run, section) != "nvme":
+        if offload_place(run.deepspeed, section) != "nvme":
             continue
         path = get(dict(run.deepspeed), f"zero_optimization.{section}.nvme_path")
         if path is None:
@@ -264,7 +263,11 @@ def nvme_needs_a_folder(run: "Run") -> str | None:
 
 def nvme_buffers_hold_the_largest_parameter(run: "Run") -> str | None:
     size = get(dict(run.deepspeed), "zero_optimization.offload_param.buffer_size")
-    if _device(run, "offload_param") == "nvme" and size is not None and size < run.largest_shard:
+    if (
+        offload_place(run.deepspeed, "offload_param") == "nvme"
+        and size is not None
+        and size < run.largest_shard
+    ):
         return (
             f"zero_optimization.offload_param.buffer_size={size}: the largest parameter's shard has "
             f'{run.largest_shard} elements; use at least that, or "auto"'
@@ -342,8 +345,3 @@ RULES: tuple[Rule, ...] = (
     *OBJECTIVE_RULES,
     *OPTIMIZER_RULES,
 )
-
-
-def _device(run: "Run", section: str) -> str:
-    found: Any = get(dict(run.deepspeed), f"zero_optimization.{section}")
-    return str(found.get("device", "none")) if isinstance(found, Mapping) else "none"

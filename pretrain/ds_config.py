@@ -7,10 +7,10 @@ surprises (clipping 1.0, accumulation and messages in bf16) is written out.
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from pretrain.ds_schema import key_faults
 from pretrain.errors import RunError
@@ -28,6 +28,9 @@ TAKES = {
     "lion": {"betas"},
     "adagrad": {"eps"},
 }
+
+
+Place = Literal["none", "cpu", "nvme"]
 
 
 @dataclass(frozen=True)
@@ -279,8 +282,14 @@ def _fill_kernels(full: dict[str, Any], facts: Facts) -> None:
 
 def optimizer_is_offloaded(document: dict[str, Any]) -> bool:
     """Whether optimizer states live in CPU memory or on NVMe."""
-    device = get(document, "zero_optimization.offload_optimizer.device")
-    return device not in (None, "none")
+    return offload_place(document, "offload_optimizer") != "none"
+
+
+def offload_place(
+    document: Mapping[str, Any], section: Literal["offload_optimizer", "offload_param"]
+) -> Place:
+    """Where optimizer states or parameters live."""
+    return cast(Place, get(dict(document), f"zero_optimization.{section}.device") or "none")
 
 
 def _section(document: dict[str, Any], key: str) -> dict[str, Any]:

@@ -1,0 +1,88 @@
+"""What an estimate needs to know of a run, and nothing that a cluster must have first: no corpus, no JSON, no torch.
+
+A run file gives one scenario; a search makes thousands, so this is a plain frozen dataclass.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from model_providers.activation_memory import RecomputeMode
+from model_providers.config import ModelConfig
+from model_providers.cost import layer_costs
+from model_providers.layout import Layout
+from model_providers.partition import partition_by
+from pretrain.config import Dtype
+from pretrain.config_io import Run
+from pretrain.ds_config import Place, offload_place
+from pretrain.engine.schedules.catalogue import placement_of
+from pretrain.engine.schedules.ops import Placement
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A model in a layout, with what decides about memory and time."""
+
+    model: ModelConfig
+    layout: Layout
+    sequence_length: int
+    micro_size: int = 1  # samples of one forward pass
+    num_micro_batches: int = 1  # of one rank per optimizer step
+    schedule: str = "1f1b"
+    zero_stage: int = 1
+    dtype: Dtype = "bf16"
+    gradient_dtype: Dtype = "fp32"  # in which gradients are summed over micro-batches
+    recompute: RecomputeMode = "none"
+    recompute_every: int = 1
+    offload_optimizer: Place = "none"
+    offload_parameters: Place = "none"
+    target_length: int | None = None  # tokens of a decoder beside an encoder
+    partition: str | tuple[int, ...] = "cost"
+    fused: bool = True  # attention that never writes its scores
+
+    @property
+    def global_size(self) -> int:
+        """Samples per optimizer step."""
+        return self.micro_size * self.num_micro_batches * self.layout.dp
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_size * self.sequence_length
+
+    @property
+    def placement(self) -> Placement:
+        return placement_of(self.schedule, stages=self.layout.pp, chunks=self.layout.chunks)
+
+    @cached_property
+    def stage_bounds(self) -> tuple[int, ...]:
+        """The first layer of each virtual stage, and the number of layers; as the run itself cuts them."""
+        costs = layer_costs(self.model, self.sequence_length, target_length=self.target_length)
+        return tuple(
+            partition_by(
+                self.partition,
+                [cost.parameters for cost in costs],
+                [cost.forward_flops_per_token for cost in costs],
+                self.layout.virtual_stages,
+            )
+        )
+
+
+def scenario_of(run: Run) -> Scenario:
+    """The run as it would be trained; `layout.schedule=auto` counts as 1f1b until it has been measured."""
+    config = run.config
+    return Scenario(
+        model=config.model,
+        layout=run.layout,
+        sequence_length=config.data.sequence_length,
+        micro_size=run.micro_size,
+        num_micro_batches=run.num_micro_batches,
+        schedule="1f1b" if config.layout.schedule == "auto" else config.layout.schedule,
+        zero_stage=run.zero_stage,
+        dtype=config.precision.dtype,
+        gradient_dtype=config.precision.accumulate,
+        recompute=config.recompute.mode,
+        recompute_every=config.recompute.every,
+        offload_optimizer=offload_place(run.deepspeed, "offload_optimizer"),
+        offload_parameters=offload_place(run.deepspeed, "offload_param"),
+        target_length=config.target_length,
+        partition=config.layout.partition,
+    )
