@@ -9,12 +9,14 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from launch.devices import num_gpus
 from launch.env import rank_environment
-from launch.local import run_ranks
+from launch.report import Started, alone
 from launch.run import checked, positive
+from launch.supervise import Options, Supervisor
 from pretrain.config import LayoutConfig
 from pretrain.config_io import Run
 from pretrain.nested import leaves
@@ -59,13 +61,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _record(words: argparse.Namespace, out: Path, arguments: list[str], *, num_ranks: int) -> None:
-    code = run_ranks(
-        "pretrain.parity",
-        ["record", str(out), words.run, *arguments, "--steps", str(words.steps)],
-        num_ranks=num_ranks,
-    )
+    recorder = ["record", str(out), words.run, *arguments, "--steps", str(words.steps)]
+    supervisor = Supervisor("pretrain.parity", recorder, Options(num_ranks=num_ranks, stall_factor=0.0))
+    code = supervisor.run(_tell)
     if code != 0:
         sys.exit(code)
+
+
+def _tell(history: Sequence[Started]) -> None:
+    failure = history[-1].outcome.failure
+    assert failure is not None
+    print(alone(failure), file=sys.stderr)
 
 
 def _compare(trace: Path, reference: Path, tolerance: float) -> int:

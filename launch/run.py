@@ -1,14 +1,20 @@
-"""`megaloom run RUN.yaml`: check everything, then train through the deepspeed launcher on this machine."""
+"""`megaloom run RUN.yaml`: check everything, then train through the deepspeed launcher, here or on a hostfile's hosts.
+
+Faults of the run, its data, the hostfile and the hosts are all told before any rank starts.
+"""
 
 import argparse
-import shlex
 import sys
+from collections.abc import Sequence
 
 from data_tools.training_data import check_data
+from launch import report
+from launch.backends import Job, best_launcher, command_shown, launcher_fault
 from launch.devices import device_type, num_gpus
-from launch.local import launcher_command, run_ranks
+from launch.hostfile import Host, chosen, num_slots, read_hostfile
+from launch.supervise import Options, Supervisor, newest_checkpoint
 from pretrain.checkpoint.state import check_before_start
-from pretrain.config_io import Run, load_run
+from pretrain.config_io import Run, find_deepspeed_json, load_run
 from pretrain.config_rules import device_faults
 from pretrain.errors import RunError
 
@@ -16,21 +22,47 @@ from pretrain.errors import RunError
 def main(argv: list[str]) -> None:
     """Exit code 0 when all steps are done or a signal was obeyed."""
     words = parser().parse_intermixed_args(argv)
-    num_ranks = words.ranks or max(1, num_gpus())
-    run = checked(words.run, words.words, num_ranks=num_ranks, deepspeed_config=words.deepspeed_config)
+    hosts = hosts_of(words)
+    wanted = [host for host in hosts if not host.is_spare]
+    num_ranks = num_slots(wanted) if hosts else words.ranks or max(1, num_gpus())
+    run = checked(
+        words.run, words.words, num_ranks=num_ranks, deepspeed_config=words.deepspeed_config, hosts=wanted
+    )
     check_before_start(run)
+    options = options_of(words, run, hosts, num_ranks)
     arguments = [words.run, *words.words]
     if words.deepspeed_config:
         arguments += ["--deepspeed_config", words.deepspeed_config]
     program = f"pretrain.{run.config.model.family}"
     if words.dry_run:
-        print(shlex.join(launcher_command(program, arguments, num_ranks=num_ranks, port=29500)))
+        address = options.address or (wanted[0].name if wanted else "127.0.0.1")
+        job = Job(program, tuple(arguments), {}, tuple(wanted), num_ranks, address, options.port or 29500)
+        print(command_shown(job, options.launcher))
         return
-    print(
-        f"starting {num_ranks} {'rank' if num_ranks == 1 else 'ranks'}: the libraries take their time",
-        flush=True,
+    where = f" on {len(wanted)} {'host' if len(wanted) == 1 else 'hosts'}" if hosts else ""
+    ranks = "rank" if num_ranks == 1 else "ranks"
+    print(f"starting {num_ranks} {ranks}{where}: the libraries take their time", flush=True)
+    supervisor = Supervisor(program, arguments, options, logs=run.folder / "logs")
+    resume = ["checkpoint.resume=auto"] if run.config.checkpoint.resume != "auto" else []
+    sys.exit(supervisor.run(lambda history: tell(run, history), resume))
+
+
+def tell(run: Run, history: Sequence[report.Started]) -> None:
+    """The one page into the run's folder, and onto the console what matters of it."""
+    logs = run.folder / "logs"
+    checkpoint = newest_checkpoint(run.folder / "checkpoints")
+    text = report.page(
+        run.config.name, history, num_steps=run.config.train.steps, checkpoint=checkpoint, logs=logs
     )
-    sys.exit(run_ranks(program, arguments, num_ranks=num_ranks))
+    run.folder.mkdir(parents=True, exist_ok=True)
+    path = run.folder / "report.txt"
+    path.write_text(text, "utf-8")
+    failure = history[-1].outcome.failure
+    assert failure is not None
+    if len(history) > 1:
+        print(f"\n{text}", file=sys.stderr)
+    else:
+        print(report.alone(failure, logs), file=sys.stderr)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         "words", nargs="*", metavar="key=value", help="overrides, such as train.steps=100 layout.tp=2"
     )
     own.add_argument(
-        "--ranks", type=positive, help="processes to start (default: one per GPU, or one on a CPU)"
+        "--ranks", type=positive, help="processes on this machine (default: one per GPU, or one on a CPU)"
     )
     own.add_argument(
         "--deepspeed_config", metavar="FILE", help="DeepSpeed JSON; overrides the run file's `deepspeed`"
@@ -48,7 +80,90 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument(
         "--dry-run", action="store_true", help="check, print the deepspeed command, start nothing"
     )
+    add_host_words(own)
+    kept = own.add_argument_group("supervision")
+    kept.add_argument(
+        "--restarts",
+        type=not_negative,
+        default=0,
+        help="times to start again after a rank or a host has died",
+    )
+    kept.add_argument(
+        "--pause", type=float, default=10.0, metavar="S", help="before the first restart; doubles with each"
+    )
+    kept.add_argument(
+        "--stall-factor",
+        type=float,
+        default=10.0,
+        metavar="K",
+        help="without a step for K times the usual time, say which rank is late; end it after as long again; 0: never",
+    )
+    kept.add_argument(
+        "--stall-floor", type=float, default=120.0, metavar="S", help="but after S seconds at the earliest"
+    )
     return own
+
+
+def add_host_words(own: argparse.ArgumentParser) -> None:
+    """Where to run, in DeepSpeed's words."""
+    many = own.add_argument_group("many hosts")
+    many.add_argument("--hostfile", metavar="FILE", help="lines `HOST slots=N`; the word `spare` may follow")
+    many.add_argument("--include", default="", metavar="SPEC", help="of the hostfile, such as a@b:0,2")
+    many.add_argument("--exclude", default="", metavar="SPEC", help="of the hostfile, such as b:1")
+    many.add_argument("--launcher", default="auto", metavar="NAME", help="auto, pdsh, ssh, openmpi or slurm")
+    many.add_argument("--master_addr", metavar="ADDRESS", help="of the first host, as the others see it")
+    many.add_argument("--master_port", type=positive, metavar="PORT", help="a free one, if not given")
+    many.add_argument(
+        "--export",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="a variable for all ranks, beside NCCL_*, GLOO_*, UCX_*, OMP_*, TORCH*, PYTHON* and the like",
+    )
+
+
+def hosts_of(words: argparse.Namespace) -> tuple[Host, ...]:
+    """The hosts that the words name, spares included; none for this machine alone."""
+    if words.hostfile is None:
+        for flag in ("include", "exclude"):
+            if getattr(words, flag):
+                raise RunError(
+                    f"--{flag} {getattr(words, flag)}: chooses from a hostfile; give --hostfile FILE"
+                )
+        return ()
+    if getattr(words, "ranks", None) is not None:
+        raise RunError(
+            f"--ranks {words.ranks} with --hostfile: the hostfile's slots are the ranks; leave --ranks out"
+        )
+    return chosen(read_hostfile(words.hostfile), include=words.include, exclude=words.exclude)
+
+
+def options_of(words: argparse.Namespace, run: Run, hosts: tuple[Host, ...], num_ranks: int) -> Options:
+    launcher = best_launcher() if words.launcher == "auto" else words.launcher
+    fault = launcher_fault(launcher) if hosts or words.launcher != "auto" else None
+    if fault is not None and not words.dry_run:
+        raise RunError(fault)
+    json_path = find_deepspeed_json(words.deepspeed_config or run.config.deepspeed)
+    return Options(
+        hosts=hosts,
+        num_ranks=num_ranks,
+        launcher=launcher,
+        exports=tuple(words.export),
+        address=words.master_addr,
+        port=words.master_port,
+        restarts=words.restarts,
+        pause_s=words.pause,
+        stall_factor=words.stall_factor,
+        stall_floor_s=words.stall_floor,
+        files=(words.run, str(json_path), *corpus_files(run)),
+    )
+
+
+def corpus_files(run: Run) -> tuple[str, ...]:
+    """The indices of all corpora: small, and different if the corpora are."""
+    data = run.config.data
+    named = [*data.train, *(part for parts in data.validation.values() for part in parts)]
+    return tuple(dict.fromkeys(f"{part.path}.idx" for part in named))
 
 
 def positive(text: str) -> int:
@@ -58,20 +173,40 @@ def positive(text: str) -> int:
     return number
 
 
-def checked(path: str, words: list[str], *, num_ranks: int, deepspeed_config: str | None = None) -> Run:
+def not_negative(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number}: give 0 or more")
+    return number
+
+
+def checked(
+    path: str,
+    words: list[str],
+    *,
+    num_ranks: int,
+    deepspeed_config: str | None = None,
+    hosts: Sequence[Host] = (),
+) -> Run:
     """The run, if nothing speaks against it; all faults at once otherwise, before any process starts."""
     run = load_run(path, words, world_size=num_ranks, deepspeed_config=deepspeed_config)
-    faults = device_faults(run, device_type())
-    if device_type() == "cuda" and num_ranks > num_gpus():
+    faults = [] if hosts else here_faults(run, num_ranks)
+    if run.layout.dispatcher == "hierarchical" and len(hosts) < 2:
         faults.append(
-            f"--ranks {num_ranks}: this machine has {num_gpus()} GPUs; start at most one rank on each"
-        )
-    if run.layout.dispatcher == "hierarchical":
-        faults.append(
-            "layout.dispatcher=hierarchical: megaloom run starts all ranks on this machine, which has no inside; use "
-            "alltoall here, and hierarchical with deepspeed --hostfile"
+            "layout.dispatcher=hierarchical: all ranks are on one machine, which has no inside; use alltoall here, and "
+            "hierarchical with a --hostfile of several hosts"
         )
     if faults:
         raise RunError("\n".join(faults))
     check_data(run.config.data)
     return run
+
+
+def here_faults(run: Run, num_ranks: int) -> list[str]:
+    """What this machine lacks."""
+    faults = device_faults(run, device_type())
+    if device_type() == "cuda" and num_ranks > num_gpus():
+        faults.append(
+            f"--ranks {num_ranks}: this machine has {num_gpus()} GPUs; start at most one rank on each"
+        )
+    return faults

@@ -13,6 +13,7 @@ from pretrain.engine.base import Engine
 from pretrain.errors import RunError
 from pretrain.monitor.experts import ExpertWatch
 from pretrain.monitor.guards import FiniteGuard, StopSignal, first_non_finite
+from pretrain.monitor.heartbeat import EVALUATES, SAVES
 from pretrain.monitor.metrics import Metrics, Record
 from pretrain.monitor.sinks import Sink
 from pretrain.optim import learning_rate_factor
@@ -55,6 +56,7 @@ class Loop:
     def train(self, first_step: int) -> Outcome:
         """Steps ``first_step`` (0 is the first ever) to the end."""
         run, engine = self.run, self.engine
+        heartbeat = engine.timers.heartbeat
         metrics = Metrics(run, engine.groups.device)
         guard = FiniteGuard(is_fp16=run.config.precision.dtype == "fp16")
         with StopSignal().listening() as stop:
@@ -62,10 +64,12 @@ class Loop:
                 self._tell_start()
             for step in range(first_step, run.config.train.steps):
                 started_s = time.perf_counter()
+                heartbeat.begin_step(step)
                 record = self._one_step(step, metrics, guard, started_s)
                 done = step + 1
                 is_last, asked = done == run.config.train.steps, stop.asked(engine.groups)
                 if is_last or due(done, run.config.train.eval_every):
+                    heartbeat.doing(EVALUATES)
                     record.losses_by_set = self.evaluate()
                 if is_last:
                     record.test_losses = self.test()
@@ -73,6 +77,7 @@ class Loop:
                     self._look_inside(record, draw=is_last)
                 self._tell(record, always=is_last or asked)
                 if is_last or asked or due(done, run.config.checkpoint.every):
+                    heartbeat.doing(SAVES)
                     self.save(done)
                 if asked and not is_last:
                     log.info("saved step %d; stopping, as asked", done)

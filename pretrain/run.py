@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from pretrain.evaluate import evaluate_all
 from pretrain.loop import Loop, Outcome
 from pretrain.monitor import banner, logs
 from pretrain.monitor.experts import ExpertWatch
+from pretrain.monitor.heartbeat import Heartbeat
 from pretrain.monitor.sinks import ConsoleSink, DeepSpeedMonitors, ExpertLoadLines, JsonLines, Sink
 from pretrain.run_file import to_yaml
 
@@ -52,7 +54,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def train(run: Run) -> Outcome:
     """Train ``run`` on the ranks that the launcher started; every rank calls it."""
+    heartbeat = Heartbeat.of(os.environ)
+    heartbeat.doing("joins the other ranks")
     groups = join(run.layout)
+    heartbeat.doing("opens data, builds the model, loads a checkpoint")
     console = logs.start(groups.rank, run.folder if groups.is_first else None)
     check_place(run, groups)
     data = open_run_data(run, groups)
@@ -60,6 +65,7 @@ def train(run: Run) -> Outcome:
     run, groups = settle_schedule(run, plan, groups)
     checkpoint = save_load.find(run, groups)
     engine = make_engine(run, plan, groups)
+    engine.timers.heartbeat = heartbeat
     state = save_load.load(checkpoint, engine) if checkpoint else make_state(run, data, step=0)
     check_same_order(state, data, run)
     feed = Feed(data.train, run, groups, consumed_samples=state.consumed_samples)

@@ -334,9 +334,9 @@ class StageEngine(StepControl, StageGradients, PipelineEngine, _BaseIsMade):
 
     def _waiting(self, at: Op | Message, what: str, virtual_stage: int) -> AbstractContextManager[None]:
         source, step = self._shape.placement.rank(virtual_stage), self.global_steps + 1
-        return self._watch.waiting_for(
-            f"{what} of micro-batch {at.micro_batch} from stage {source}, step {step}"
-        )
+        awaited = f"{what} of micro-batch {at.micro_batch} from stage {source}"
+        self.phase_timers.heartbeat.doing(f"waits for {awaited}")
+        return self._watch.waiting_for(f"{awaited}, step {step}")
 
     # ---- places
 

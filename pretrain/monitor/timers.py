@@ -10,11 +10,14 @@ from contextlib import contextmanager
 
 import torch
 
+from pretrain.monitor.heartbeat import Heartbeat
+
 
 class PhaseTimers:
-    """Adds up the seconds spent in named phases until they are taken."""
+    """Adds up the seconds spent in named phases until they are taken; the heartbeat tells each as it begins."""
 
     def __init__(self, device: torch.device):
+        self.heartbeat = Heartbeat()
         self._on_cuda = device.type == "cuda"
         self._elapsed_s: dict[str, float] = defaultdict(float)
         self._open_events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
@@ -22,6 +25,7 @@ class PhaseTimers:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the time inside towards ``name``."""
+        self.heartbeat.doing(name)
         if self._on_cuda:
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()

@@ -1,0 +1,177 @@
+"""Command lines that start the keepers of all ranks: the `deepspeed` launcher in each of its ways, and plain ssh.
+
+Plain ssh starts DeepSpeed's own per-node launcher on every host, so ranks find the same environment; it needs neither
+pdsh here nor DeepSpeed or torch on the machine that it starts from.
+"""
+
+import base64
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from launch.devices import num_gpus
+from launch.env import rank_environment
+from launch.hostfile import Host, as_filter, as_hostfile, num_slots
+from launch.remote import OPTIONS, in_folder, ssh_words
+from launch.words import wrap
+from pretrain.errors import RunError
+
+KEEPER = "launch.keeper"
+LAUNCHERS = {
+    "pdsh": "pdsh",
+    "ssh": "ssh",
+    "openmpi": "mpirun",
+    "slurm": "srun",
+}  # by the program that each needs here
+
+
+@dataclass(frozen=True)
+class Job:
+    """A program that all ranks run, and where."""
+
+    program: str  # a module, such as pretrain.gpt
+    arguments: tuple[str, ...]
+    variables: Mapping[str, str]  # set on every host
+    hosts: tuple[Host, ...] = ()  # none: this machine alone
+    num_ranks: int = 1
+    address: str = "127.0.0.1"  # of the first host, as all others see it
+    port: int = 29500
+
+
+class Start(NamedTuple):
+    """A process of this machine that starts ranks; ``host`` if it is the connection to one host."""
+
+    command: list[str]
+    environment: dict[str, str]
+    host: str | None = None
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def best_launcher() -> str:
+    """pdsh where it and DeepSpeed are installed here, else plain ssh."""
+    has_deepspeed = all(importlib.util.find_spec(name) is not None for name in ("deepspeed", "torch"))
+    return "pdsh" if shutil.which("pdsh") and has_deepspeed else "ssh"
+
+
+def launcher_fault(name: str) -> str | None:
+    """What keeps a launcher from being used here."""
+    if name not in LAUNCHERS:
+        return f"--launcher {name}: unknown; choose auto, {', '.join(LAUNCHERS)}"
+    if shutil.which(LAUNCHERS[name]) is None:
+        return (
+            f"--launcher {name}: {LAUNCHERS[name]} is not installed here; install it, or use --launcher ssh"
+        )
+    return None
+
+
+def starts(job: Job, launcher: str, scratch: Path) -> list[Start]:
+    """What to start here; files that the launcher reads are put into ``scratch``."""
+    if not job.hosts:
+        return [_here(job)]
+    if launcher == "ssh":
+        return [_by_ssh(job, number) for number in range(len(job.hosts))]
+    return [_by_deepspeed(job, launcher, scratch)]
+
+
+def command_shown(job: Job, launcher: str) -> str:
+    """The command lines as a user would type them, one a host with plain ssh."""
+    return "\n".join(shlex.join(start.command) for start in starts(job, launcher, Path("FOLDER")))
+
+
+def _here(job: Job) -> Start:
+    environment = {**rank_environment(job.num_ranks), **job.variables}
+    which = ["--num_accelerators", str(job.num_ranks)]
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    if visible and num_gpus():  # with a number alone, DeepSpeed would take the first devices of all
+        devices = visible.split(",")[: job.num_ranks]
+        if not all(device.strip().isdigit() for device in devices):
+            raise RunError(
+                f"CUDA_VISIBLE_DEVICES={visible}: the deepspeed launcher knows devices by number only"
+            )
+        which = ["--include", f"localhost:{','.join(device.strip() for device in devices)}"]
+        del environment["CUDA_VISIBLE_DEVICES"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--log_level",
+        "critical",
+        "--hostfile",
+        "",
+    ]
+    return Start([*launcher, *which, "--master_port", str(job.port), *_program(job)], environment)
+
+
+def _by_deepspeed(job: Job, launcher: str, scratch: Path) -> Start:
+    hostfile, variables = scratch / "hostfile", scratch / "deepspeed_env"
+    exported = dict(job.variables)
+    environment = {**os.environ, **job.variables, "DS_ENV_FILE": str(variables)}
+    options = " ".join(f"-o {name}={value}" for name, value in OPTIONS.items())
+    environment["PDSH_SSH_ARGS_APPEND"] = f"{environment.get('PDSH_SSH_ARGS_APPEND', '')} {options}".strip()
+    own: list[str] = []
+    if launcher != "pdsh":  # their ranks are told their place, but not where to meet
+        exported |= {"MASTER_ADDR": job.address, "MASTER_PORT": str(job.port)}
+        if launcher == "openmpi" and os.geteuid() == 0:
+            environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    subset = as_filter(job.hosts)
+    if subset and launcher == "openmpi":
+        raise RunError("--include or --exclude of single slots: mpirun counts slots only; use --launcher ssh")
+    if subset:
+        own += ["--include", subset]
+    if scratch.is_dir():
+        hostfile.write_text(as_hostfile(job.hosts), "utf-8")
+        lines = (f"{name}={_escaped(value)}\n" for name, value in exported.items())
+        variables.write_text("".join(lines), "utf-8")
+    command = [
+        *(sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error"),
+        *("--hostfile", str(hostfile), *own, "--force_multi", "--no_ssh_check", "--launcher", launcher),
+        *("--master_addr", job.address, "--master_port", str(job.port)),
+        *_program(job),
+    ]
+    return Start(command, environment)
+
+
+def _by_ssh(job: Job, number: int) -> Start:
+    world = {host.name: list(host.slots) for host in job.hosts}
+    words = [
+        *("env", *(f"{name}={value}" for name, value in job.variables.items())),
+        *(sys.executable, "-u", "-m", "deepspeed.launcher.launch", "--log_level", "error"),
+        f"--world_info={base64.urlsafe_b64encode(json.dumps(world).encode()).decode()}",
+        f"--node_rank={number}",
+        *(f"--master_addr={job.address}", f"--master_port={job.port}"),
+        *_program(job),
+    ]
+    host = job.hosts[number].name
+    return Start(ssh_words(host, in_folder(os.getcwd(), words)), dict(os.environ), host)
+
+
+def _program(job: Job) -> list[str]:
+    words: Sequence[str] = job.arguments
+    return ["--module", KEEPER, job.program, *(wrap(word) for word in words)]
+
+
+def _escaped(value: str) -> str:
+    """As DeepSpeed will put a value with such letters in double quotes, but not mask what those leave alive."""
+    return re.sub(r'(["\\$`])', r"\\\1", value)
+
+
+def rank_hosts(hosts: Sequence[Host]) -> dict[int, str]:
+    """Which host each rank is on: DeepSpeed counts through the slots in the order of the hosts."""
+    names = [host.name for host in hosts for _ in host.slots]
+    assert len(names) == num_slots(hosts)
+    return dict(enumerate(names))

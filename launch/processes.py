@@ -1,0 +1,76 @@
+"""The processes of one launch on this host, found by the mark in their environment and never by name.
+
+`python -m launch.processes MARK stop|end` does on another host what the launcher does here.
+"""
+
+import os
+import signal
+import sys
+import time
+
+import psutil
+
+from launch.env import LAUNCH_ID
+
+KEEPER = "launch.keeper"
+PATIENCE_S = 5.0
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """All processes of this user that carry the mark, but for the one that asks."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get(LAUNCH_ID) == mark:
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def stop(mark: str) -> int:
+    """Ask the ranks to finish their step, save and end; returns how many were asked."""
+    keepers = [process for process in marked(mark) if _module(process) == KEEPER]
+    for keeper in keepers:
+        _signal(keeper, signal.SIGTERM)
+    return len(keepers)
+
+
+def end(mark: str) -> int:
+    """End all of them at once, and what they start meanwhile; returns how many would not go."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    while left := marked(mark):
+        for process in left:
+            _signal(process, signal.SIGKILL)
+        psutil.wait_procs(left, timeout=0.5)
+        if time.monotonic() > deadline_s:
+            return len(left)
+    return 0
+
+
+def _module(process: psutil.Process) -> str | None:
+    """What it runs with `python -m`; the launchers name the keeper too, behind their own module."""
+    try:
+        words = process.cmdline()
+        return words[words.index("-m") + 1]
+    except (psutil.Error, ValueError, IndexError):
+        return None
+
+
+def _signal(process: psutil.Process, number: signal.Signals) -> None:
+    try:
+        process.send_signal(number)
+    except psutil.Error:
+        return
+
+
+def main(argv: list[str] | None = None) -> int:
+    mark, what = sys.argv[1:] if argv is None else argv
+    if what == "stop":
+        print(stop(mark))
+        return 0
+    return 1 if end(mark) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
