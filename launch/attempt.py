@@ -20,7 +20,6 @@ from typing import IO
 
 from launch import processes
 from launch.backends import Start
-from launch.env import LAUNCH_ID
 from launch.hostfile import Host
 from launch.remote import SSH_FAILED, Answer, ask, in_folder, last_line
 from launch.watch import Failure, Watch
@@ -59,7 +58,7 @@ class Attempt:
         self._processes = [
             subprocess.Popen(
                 start.command,
-                env={**start.environment, LAUNCH_ID: mark},
+                env=start.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -104,7 +103,9 @@ class Attempt:
             elif told_stall_s is None:
                 told_stall_s = time.monotonic()
                 print(f"warning: {stall}", file=sys.stderr, flush=True)
-            elif time.monotonic() - told_stall_s > self._watch.stall_limit_s:
+            elif time.monotonic() - told_stall_s > self._watch.stall_limit_s and not (
+                self._hosts and self._watch.someone_is_silent
+            ):
                 self._watch.stalled(stall)
             for host in self._watch.silent_hosts() if self._hosts else ():
                 self._watch.lose_host(host, "nothing was heard of its ranks any more")

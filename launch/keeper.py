@@ -26,13 +26,11 @@ from types import FrameType
 from typing import IO
 
 from launch.env import KEEPER_LOGS, KEEPER_SIZE, keeper_environment, place_of
-from launch.reports import Beat, Ended, Message, Said, Stream, encode, pieces
+from launch.reports import Beat, Ended, Message, Said, Stream, busy_s, encode, pieces, quiet_s
 from launch.words import unwrap
 from pretrain.monitor import heartbeat
 
 LOOK_EVERY_S = 0.1
-BEAT_EVERY_S = 1.0
-SILENT_AT_MOST_S = 10.0
 LAST_WORDS_S = 1.0  # what a dead program's children may still hold of its output
 CHUNK_BYTES = 1 << 16
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")  # what moves a terminal's cursor
@@ -99,7 +97,7 @@ class Keeper:
         else:
             os.close(out[1])
             self._pipes.append(Pipe(out[0], "out", is_terminal=True))
-        self._last_beat: tuple[int, int, str] | None = None
+        self._last_beat: heartbeat.Told | None = None
         self._since_s = self._told_s = time.monotonic()
         self._is_told = False
 
@@ -167,13 +165,13 @@ class Keeper:
         now_s, found = time.monotonic(), heartbeat.read(self._beats.fileno())
         if found != self._last_beat:
             self._last_beat, self._since_s, self._is_told = found, now_s, False
-        often_s = max(BEAT_EVERY_S, self._place.world_size / 64)  # a thousand ranks share one launcher
-        if now_s - self._told_s >= (SILENT_AT_MOST_S if self._is_told else often_s):
+        patience_s = (quiet_s if self._is_told else busy_s)(self._place.world_size)
+        if now_s - self._told_s >= patience_s:
             self._told_s, self._is_told = now_s, True
-            _, step, doing = found or (0, 0, "starts")
+            _, step, step_s, doing = found or heartbeat.Told(0, 0, 0.0, "starts")
             since_s = round(now_s - self._since_s, 1)
             pid = self._process.pid
-            self._tell(Beat(self._place.rank, self._host, pid, step, doing, since_s, _state(pid)))
+            self._tell(Beat(self._place.rank, self._host, pid, step, step_s, doing, since_s, _state(pid)))
 
     def _tell(self, message: Message) -> None:
         try:

@@ -17,11 +17,15 @@ PATIENCE_S = 5.0
 
 
 def marked(mark: str) -> list[psutil.Process]:
-    """All processes of this user that carry the mark, but for the one that asks."""
-    found = []
+    """All processes of this user on this host that carry the mark, but for the one that asks.
+
+    Hosts that are namespaces of one machine see each other's processes, and are told apart by their networks.
+    """
+    found, here = [], _network(os.getpid())
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get(LAUNCH_ID) == mark:
+            is_ours = process.pid != os.getpid() and process.environ().get(LAUNCH_ID) == mark
+            if is_ours and _network(process.pid) == here:
                 found.append(process)
         except (psutil.Error, OSError):
             continue
@@ -46,6 +50,13 @@ def end(mark: str) -> int:
         if time.monotonic() > deadline_s:
             return len(left)
     return 0
+
+
+def _network(pid: int) -> str | None:
+    try:
+        return os.readlink(f"/proc/{pid}/ns/net")
+    except OSError:
+        return None
 
 
 def _module(process: psutil.Process) -> str | None:

@@ -30,6 +30,7 @@ class Beat(NamedTuple):
     host: str
     pid: int
     step: int  # steps that are done
+    step_s: float  # what the last one took; 0 before the second
     doing: str
     since_s: float  # seconds that it has been doing this
     state: str  # of the process: R runs, S waits, D waits for a disk, T is stopped (proc(5))
@@ -46,6 +47,16 @@ class Ended(NamedTuple):
 
 Message = Said | Beat | Ended
 KINDS: dict[str, type] = {kind.__name__: kind for kind in (Said, Beat, Ended)}
+
+
+def busy_s(world_size: int) -> float:
+    """Seconds between two words of a rank that comes forward: a thousand ranks share one launcher."""
+    return max(1.0, world_size / 64)
+
+
+def quiet_s(world_size: int) -> float:
+    """Seconds between two words of a rank that stays where it is."""
+    return max(5.0, world_size / 64)
 
 
 def encode(message: Message) -> bytes:

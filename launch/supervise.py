@@ -16,7 +16,7 @@ from pathlib import Path
 from launch import report
 from launch.attempt import Attempt, Outcome, new_mark
 from launch.backends import Job, free_port, rank_hosts, starts
-from launch.env import KEEPER_LOGS, KEEPER_SIZE, exported
+from launch.env import KEEPER_LOGS, KEEPER_SIZE, LAUNCH_ID, exported
 from launch.hostfile import Host, num_slots
 from launch.preflight import Preflight, Questions, preflight
 from launch.watch import Watch
@@ -79,8 +79,8 @@ class Supervisor:
         at, hosts, found = datetime.now(), self.options.hosts, None
         if hosts:
             hosts, found = fit_hosts(hosts, self.options)
-        job = self._job(arguments, hosts, found)
         mark = new_mark()
+        job = self._job(arguments, hosts, found, mark)
         watch = Watch(
             job.num_ranks,
             rank_hosts(hosts),
@@ -93,12 +93,15 @@ class Supervisor:
         self.history.append(report.Started(at, tuple(host.name for host in hosts), outcome))
         return outcome
 
-    def _job(self, arguments: Sequence[str], hosts: tuple[Host, ...], found: Preflight | None) -> Job:
+    def _job(
+        self, arguments: Sequence[str], hosts: tuple[Host, ...], found: Preflight | None, mark: str
+    ) -> Job:
         named = dict(word.partition("=")[::2] for word in self.options.exports)
         variables = exported(os.environ, tuple(named)) if hosts else {}
         variables |= {
             name: value for name, value in named.items() if f"{name}={value}" in self.options.exports
         }
+        variables[LAUNCH_ID] = mark
         if self.logs is not None:
             variables[KEEPER_LOGS] = str(self.logs.absolute())
         if sys.stdout.isatty():

@@ -13,7 +13,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import IO, NamedTuple
 
-from launch.reports import Beat, Ended, Said, decode
+from launch.reports import Beat, Ended, Said, decode, quiet_s
 from pretrain.monitor.heartbeat import EVALUATES, SAVES
 
 HELD_LINES = 400
@@ -27,10 +27,9 @@ SECOND_HAND = re.compile(
     re.IGNORECASE,
 )
 STARTING_S = 900.0  # imports over a slow disk, compilation, a large checkpoint
-SILENCE_S = 60.0  # keepers speak every ten seconds
 SLOW_PHASES = {EVALUATES: 20.0, SAVES: 20.0}  # these may take so many times a stall's limit
 LAUNCHERS_OWN = re.compile(
-    r"\[INFO\] \[launch\.py:"
+    r"\[(INFO|ERROR)\] \[launch\.py:"
 )  # a host's; DeepSpeed has no word to make it silent by pdsh
 PDSH = re.compile(r"^pdsh@[^:]+: (?P<host>[^:]+): (?:\S+ )?exited with exit code (?P<code>\d+)$")
 
@@ -78,10 +77,10 @@ class Watch:
     ):
         self.ranks = [RankState(host=hosts.get(rank)) for rank in range(num_ranks)]
         self._failures: list[tuple[float, Failure]] = []
+        self._quiet_s = quiet_s(num_ranks)
         self._stall_factor, self._stall_floor_s = stall_factor, stall_floor_s
         self._out, self._err = out or sys.stdout, err or sys.stderr
-        self._started_s = time.monotonic()
-        self._step, self._step_began_s = 0, self._started_s
+        self._moved_s = time.monotonic()  # when a rank last came a step further
         self._step_s: deque[float] = deque(maxlen=50)
         self.is_stopping = False  # ranks that end now are ended by the launcher
 
@@ -104,17 +103,18 @@ class Watch:
         ranks = [number for number, rank in enumerate(self.ranks) if rank.host == host and rank.ended is None]
         if not ranks or self.is_stopping:
             return
-        self._fail(Failure(f"{host} is lost, with {_listed(ranks)} ({why})", host, None, 1, step=self._step))
+        self._fail(Failure(f"{host} is lost, with {_listed(ranks)} ({why})", host, None, 1, step=self.step))
 
     def launcher_failed(self, code: int, words: str) -> None:
         """The launcher ended badly before any rank told why."""
-        self._fail(Failure(f"the launcher ended with code {code}{words}", None, None, code, step=self._step))
+        self._fail(Failure(f"the launcher ended with code {code}{words}", None, None, code, step=self.step))
 
     def _say(self, said: Said) -> None:
         rank = self.ranks[said.rank]
         stream = self._out if said.stream == "out" else self._err
         if said.stream == "err":
-            rank.is_failing = rank.is_failing or TRACEBACK in said.text
+            is_about_failing = TRACEBACK in said.text or SECOND_HAND.search(said.text) is not None
+            rank.is_failing = rank.is_failing or is_about_failing
             rank.said.append(said.text)
         if rank.is_failing and said.stream == "err":
             rank.held.append(said.text)
@@ -123,14 +123,12 @@ class Watch:
         stream.flush()
 
     def _note(self, beat: Beat) -> None:
-        rank = self.ranks[beat.rank]
-        rank.beat, rank.heard_s = beat, time.monotonic()
-        done = min(each.beat.step if each.beat else 0 for each in self.ranks)
-        if done > self._step:
-            now_s = time.monotonic()
-            if self._step > 0:
-                self._step_s.append((now_s - self._step_began_s) / (done - self._step))
-            self._step, self._step_began_s = done, now_s
+        rank, now_s = self.ranks[beat.rank], time.monotonic()
+        if rank.beat is None or beat.step > rank.beat.step:
+            self._moved_s = now_s
+        rank.beat, rank.heard_s = beat, now_s
+        if beat.step_s:
+            self._step_s.append(beat.step_s)
 
     def _end(self, ended: Ended) -> None:
         rank = self.ranks[ended.rank]
@@ -141,7 +139,7 @@ class Watch:
         how = _ended_by(ended) if ended.signal else f"ended with exit code {ended.code}"
         words = tuple(rank.held or rank.said)
         self._fail(
-            Failure(f"rank {ended.rank} on {host} {how}", host, ended.rank, ended.code, words, self._step)
+            Failure(f"rank {ended.rank} on {host} {how}", host, ended.rank, ended.code, words, self.step)
         )
 
     def _foreign(self, line: str, *, is_error: bool) -> None:
@@ -182,7 +180,7 @@ class Watch:
     @property
     def step(self) -> int:
         """Steps that all ranks have done."""
-        return self._step
+        return min((rank.beat.step if rank.beat else 0 for rank in self.ranks), default=0)
 
     @property
     def all_ended(self) -> bool:
@@ -193,15 +191,15 @@ class Watch:
         if not self._stall_factor or self.is_stopping or self.has_failed:
             return None
         now_s = time.monotonic()
-        waited_s = now_s - self._step_began_s
+        waited_s = now_s - self._moved_s
         if waited_s < self.stall_limit_s:
             return None
         usual = f"; a step takes {statistics.median(self._step_s):.1f} s" if self._step_s else ""
-        return f"no step for {waited_s:.0f} s after step {self._step}{usual}: {self.late()}"
+        return f"no step for {waited_s:.0f} s after step {self.step}{usual}: {self.late()}"
 
     def stalled(self, why: str) -> None:
         """It has lasted too long: as bad as a failure."""
-        self._fail(Failure(why, None, None, 1, step=self._step))
+        self._fail(Failure(why, None, None, 1, step=self.step))
 
     def silent_hosts(self) -> list[str]:
         """Hosts all of whose ranks spoke once and have said nothing for long, not even that they live."""
@@ -212,8 +210,15 @@ class Watch:
         return [
             host
             for host, ranks in by_host.items()
-            if all(rank.beat is not None and now_s - rank.heard_s > SILENCE_S for rank in ranks)
+            if all(rank.beat is not None and now_s - rank.heard_s > 4 * self._quiet_s for rank in ranks)
         ]
+
+    @property
+    def someone_is_silent(self) -> bool:
+        """A keeper that should have spoken has not: its host may be lost, which is known soon."""
+        now_s = time.monotonic()
+        spoke = [rank for rank in self.ranks if rank.beat is not None and rank.ended is None]
+        return any(now_s - rank.heard_s > 1.3 * self._quiet_s for rank in spoke)
 
     @property
     def stall_limit_s(self) -> float:

@@ -33,23 +33,28 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._has_stopped = False
 
     @contextmanager
     def listening(self) -> Iterator["StopSignal"]:
-        """Handle the signals inside, and give them back afterwards."""
+        """Handle the signals inside, and give them back afterwards.
+
+        After an orderly stop they are ignored: on a slow host the signal may come when all is saved already.
+        """
         before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         try:
             yield self
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if self._has_stopped else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
 
     def asked(self, groups: Groups) -> bool:
         """Whether any rank was asked to stop; the same answer on every rank."""
-        return groups.any_rank(self.received is not None)
+        self._has_stopped = groups.any_rank(self.received is not None)
+        return self._has_stopped
 
 
 class FiniteGuard:

@@ -5,7 +5,9 @@ call of about a microsecond, so every phase of a step is told.  Started without 
 """
 
 import os
+import time
 from collections.abc import Mapping
+from typing import NamedTuple
 
 VARIABLE = "MEGALOOM_HEARTBEAT"
 RECORD_BYTES = 160
@@ -18,6 +20,8 @@ class Heartbeat:
     def __init__(self, file_number: int | None = None):
         self._file_number = file_number
         self._count = self._step = 0
+        self._began_s: float | None = None
+        self._step_s = 0.0
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> "Heartbeat":
@@ -26,7 +30,10 @@ class Heartbeat:
 
     def begin_step(self, done: int) -> None:
         """``done`` steps are done, another begins."""
-        self._step = done
+        now_s = time.monotonic()
+        if self._began_s is not None:
+            self._step_s = now_s - self._began_s
+        self._step, self._began_s = done, now_s
         self.doing("starts a step")
 
     def doing(self, what: str) -> None:
@@ -34,11 +41,18 @@ class Heartbeat:
         if self._file_number is None:
             return
         self._count += 1
-        record = f"{self._count} {self._step} {what}".encode()[: RECORD_BYTES - 1]
+        record = f"{self._count} {self._step} {self._step_s:.3f} {what}".encode()[: RECORD_BYTES - 1]
         os.pwrite(self._file_number, record.ljust(RECORD_BYTES - 1) + b"\n", 0)
 
 
-def read(file_number: int) -> tuple[int, int, str] | None:
-    """Count, steps done and what was told last; None before the first word."""
-    words = os.pread(file_number, RECORD_BYTES, 0).decode(errors="replace").strip().split(" ", 2)
-    return (int(words[0]), int(words[1]), words[2]) if len(words) == 3 else None
+class Told(NamedTuple):
+    count: int
+    step: int  # steps that are done
+    step_s: float  # what the last one took, with all that followed it; 0 before the second
+    doing: str
+
+
+def read(file_number: int) -> Told | None:
+    """What was told last; None before the first word."""
+    words = os.pread(file_number, RECORD_BYTES, 0).decode(errors="replace").strip().split(" ", 3)
+    return Told(int(words[0]), int(words[1]), float(words[2]), words[3]) if len(words) == 4 else None

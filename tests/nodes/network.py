@@ -25,6 +25,7 @@ NEEDED = {
 }
 LOGIN = "login"
 SUBNET = "10.77.0"
+SLOW_WIRE = Path(__file__).with_name("slow_wire.py")
 BY_ROOT = "/usr/sbin:/sbin"
 
 
@@ -50,6 +51,7 @@ class Network:
         self.names = [f"node{number}" for number in range(1, num_nodes + 1)]
         self._tag = f"ml{os.getpid()}"
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._wires: dict[str, subprocess.Popen[bytes]] = {}
         folder.mkdir(parents=True, exist_ok=True)
         self._write_keys()
         self._write_files()
@@ -98,11 +100,36 @@ class Network:
     def join(self, name: str) -> None:
         _ip("-n", self._namespace(LOGIN), "link", "set", self._link(name), "up")
 
-    def slow_down(self, name: str, *words: str) -> str | None:
-        """`tc netem` on a node's link; why it cannot be, if it cannot."""
-        command = ["tc", "qdisc", "replace", "dev", "eth0", "root", "netem", *words]
-        done = subprocess.run([*self._inside(name), *command], capture_output=True, text=True, check=False)
-        return done.stderr.strip() or None
+    def slow_down(self, name: str, *, delay_s: float, loss: float) -> str:
+        """Delay and lose packets on a node's link until it is closed: by netem, or by a program where there is none."""
+        words = [*self._inside(name), "tc", "qdisc", "replace", "dev", "eth0", "root", "netem"]
+        words += ["delay", f"{1000 * delay_s:g}ms", "loss", f"{100 * loss:g}%"]
+        if subprocess.run(words, capture_output=True, check=False).returncode == 0:
+            return "netem"
+        hub, link = self._namespace(LOGIN), self._link(name)
+        senders = [(self._inside(other), "eth0") for other in self.names] + [(self._inside(LOGIN), "bridge0")]
+        for inside, interface in senders:
+            subprocess.run([*inside, sys.executable, "-S", str(SLOW_WIRE), interface], check=True)
+        _ip("-n", hub, "link", "set", link, "nomaster")
+        _ip("-n", hub, "link", "add", f"slow-{name}", "type", "veth", "peer", "name", f"wire-{name}")
+        _ip("-n", hub, "link", "set", f"slow-{name}", "master", "bridge0", "up")
+        _ip("-n", hub, "link", "set", f"wire-{name}", "up")
+        ends = (f"wire-{name}", link, str(delay_s), str(loss))
+        self._wires[name] = subprocess.Popen(
+            [*self._inside(LOGIN), sys.executable, "-S", str(SLOW_WIRE), *ends]
+        )
+        return "a relay"
+
+    def speed_up(self, name: str) -> None:
+        words = [*self._inside(name), "tc", "qdisc", "del", "dev", "eth0", "root"]
+        subprocess.run(words, capture_output=True, check=False)
+        wire = self._wires.pop(name, None)
+        if wire is not None:
+            wire.kill()
+            wire.wait()
+            hub = self._namespace(LOGIN)
+            _ip("-n", hub, "link", "del", f"slow-{name}")
+            _ip("-n", hub, "link", "set", self._link(name), "master", "bridge0")
 
     def stop_sshd(self, name: str) -> None:
         daemon = self._daemons.pop(name)
@@ -144,6 +171,8 @@ class Network:
         self._wait_for(name)
 
     def close(self) -> None:
+        for name in list(self._wires):
+            self.speed_up(name)
         for name in (*self.names, LOGIN):
             for pid in self.processes(name):
                 with contextlib.suppress(ProcessLookupError):
