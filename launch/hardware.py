@@ -23,10 +23,12 @@ GIB = 2.0**30
 class Device:
     """One device as its maker describes it, and two shares of its peak that were fitted.
 
-    ``gemm_share``: of the 16-bit peak that large products of random numbers keep up.  A100s come to 0.8 and more;
-    from Hopper on, power and not arithmetic is the limit (H100 SXM at 700 W: about 0.7).
-    ``attention_share``: of that peak in fused attention, forward and backward, counted under the causal mask.
-    Both are fitted once for a device on published steps (benchmarks/planner.py), never for a row.
+    ``gemm_share``: of the 16-bit peak that large products keep up, before what their shapes lose (layer_time.py).  From
+    Hopper on power is the limit rather than arithmetic, which is why it falls.
+    ``attention_share``: of that peak in FlashAttention 2, forward and backward, of what a causal mask leaves (Dao 2023,
+    arXiv:2307.08691, figure 4: 0.6 on an A100; section 4.1: 335 TFLOP/s on an H100).
+    Those of A100, H100 and B200 are fitted on published steps, one pair for each device and none for a row
+    (benchmarks/planner.py tells what is left); V100, MI250X and CPU have guesses.
     """
 
     name: str
@@ -67,9 +69,9 @@ class Cluster:
 
 
 # NVIDIA A100 datasheet (2021): 312 TFLOP/s in bf16 and fp16, 19.5 in fp32; 108 SMs (GA100 whitepaper, table 4).
-_A100_80GB = Device("A100-80GB", 312, 312, 19.5, 0, 80 * GB, 2039 * GB, 108, 0.82, 0.42)
+_A100_80GB = Device("A100-80GB", 312, 312, 19.5, 0, 80 * GB, 2039 * GB, 108, 0.80, 0.55)
 # NVIDIA H100 datasheet, SXM (2023): 1979 with sparsity in 16 bit, 3958 in fp8, 67 in fp32; 132 SMs.
-_H100 = Device("H100", 989.4, 989.4, 67, 1978.9, 80 * GB, 3350 * GB, 132, 0.68, 0.33)
+_H100 = Device("H100", 989.4, 989.4, 67, 1978.9, 80 * GB, 3350 * GB, 132, 0.62, 0.32)
 DEVICES = {
     # NVIDIA V100 datasheet, SXM2 (2020): 125 TFLOP/s in fp16, 15.7 in fp32, no bf16; 80 SMs.
     "v100": Device("V100-32GB", 0, 125, 15.7, 0, 32 * GB, 900 * GB, 80, 0.75, 0.30),
@@ -80,7 +82,7 @@ DEVICES = {
     "h200": replace(_H100, name="H200", memory_bytes=141 * GB, memory_bytes_per_s=4800 * GB),
     # NVIDIA DGX B200 datasheet (2024), an eighth of it: 36 PFLOP/s in 16 bit with sparsity, 72 in fp8, 1440 GB, 64 TB/s;
     # 80 TFLOP/s in fp32 and 148 SMs (Blackwell architecture brief).
-    "b200": Device("B200", 2250, 2250, 80, 4500, 180 * GB, 8000 * GB, 148, 0.68, 0.33),
+    "b200": Device("B200", 2250, 2250, 80, 4500, 180 * GB, 8000 * GB, 148, 0.47, 0.30),
     # AMD Instinct MI250X datasheet (2021), half of it, since each of its two dies is a device of its own: 383 TFLOP/s
     # in 16 bit, 95.7 in fp32 matrices, 128 GB, 3.2 TB/s, 220 compute units.
     "mi250x": Device("MI250X-GCD", 191.5, 191.5, 47.9, 0, 64 * GB, 1600 * GB, 110, 0.55, 0.20),

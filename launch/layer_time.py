@@ -20,7 +20,7 @@ from model_providers.cost import layer_costs
 TILE = (256, 128)
 LOST_WAVES = 0.5
 # Filling and draining a tile costs about as much as this many steps of its inner dimension.
-LOST_DEPTH = 128
+LOST_DEPTH = 256
 MEMORY_SHARE = 0.8  # of the printed bandwidth, as copies reach it
 KERNEL_S = 4e-6  # to start a kernel and to let it end
 # Bytes of a backward pass over those of the forward pass in what is bound by memory: a norm reads two and writes one
@@ -71,6 +71,15 @@ class LayerTime(NamedTuple):
             *phases,
             self.tensor_bytes + times * other.tensor_bytes,
             self.expert_bytes + times * other.expert_bytes,
+        )
+
+    def with_tensor_share(self, share: float) -> "LayerTime":
+        """With so much of the tensor group's collectives not hidden."""
+        return self._replace(
+            **{
+                name: phase._replace(tensor_s=share * phase.tensor_s)
+                for name, phase in zip(self._fields[:4], self[:4], strict=True)
+            }
         )
 
     @property

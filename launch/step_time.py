@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from launch.hardware import Cluster
-from launch.layer_time import BYTES, MEMORY_SHARE, LayerClock, LayerTime, layer_times
+from launch.layer_time import BYTES, KERNEL_S, MEMORY_SHARE, LayerClock, LayerTime, layer_times
 from launch.links import Group, group, message_s
 from launch.scenario import Scenario
 from model_providers.config import ModelConfig
@@ -45,16 +45,27 @@ class Software:
     overlaps_gradients: bool  # of ZeRO 0 and 1, with the last micro-batch's backward pass
     hides_transfers: bool  # between stages, wherever a schedule leaves room
     scatters_transfers: bool  # each tensor rank sends its share alone, even without sequence parallelism
+    copies_pieces: bool = False  # ZeRO-3's collectives copy each rank's piece by a kernel of its own
+    regathers: bool = True  # ZeRO-3 gathers once more where a layer is computed again
+    attention_rate: float = 1.0  # of its fused attention, over the device's `attention_share`
+    hidden_tensor_share: float = 0.0  # of the tensor group's collectives, behind the products before and after them
 
 
-# DeepSpeed fetches module by module: four matrices of a block, since small parameters stay.
+# DeepSpeed fetches module by module: four matrices of a block, since small parameters stay; each forward hook fetches,
+# that of a recomputation too.
 OURS = Software("Megaloom", 4, True, False, True, False)
 # Narayanan et al. 2021, section 4.1 for scattered messages; nothing overlaps (Korthikanti et al. 2022, section 6).
 MEGATRON_2021 = Software("Megatron-LM 2021", 4, False, False, False, True)
 MEGATRON_CORE = Software("Megatron Core", 4, True, True, True, True)
-# ZeRO-3 as it was in 2021: each of a block's 12 tensors by itself, and nothing hidden (Narayanan et al. 2021, 5.2).
-DEEPSPEED_2021 = Software("DeepSpeed 2021", 12, False, False, False, False)
-FSDP = Software("PyTorch FSDP", 1, True, True, True, False)  # a block is one flat parameter
+# With --tp-comm-overlap; products are cut into as many pieces as there are ranks, mostly 4 or 8: one is not hidden.
+MEGATRON_OVERLAPPED = replace(MEGATRON_CORE, name="Megatron Core overlapped", hidden_tensor_share=0.75)
+# As it was in 2021: ZeRO-3 gathered each of a block's 12 tensors by itself, into a list of tensors, and hid nothing, nor
+# did its pipeline.
+DEEPSPEED_2021 = Software("DeepSpeed 2021", 12, False, False, False, False, copies_pieces=True)
+FSDP = Software("PyTorch FSDP", 1, True, True, True, False, regathers=False)  # a block is one flat parameter
+# FlashAttention in Triton; FlashAttention 2 is 1.3 to 1.5 times as fast in forward passes and twice in backward passes
+# (Dao 2023, arXiv:2307.08691, section 4.1).
+FSDP_TRITON = replace(FSDP, name="PyTorch FSDP, Triton attention", attention_rate=0.6)
 
 
 class Traffic(NamedTuple):
@@ -142,7 +153,7 @@ def step_time(
     scenario: Scenario, cluster: Cluster, *, software: Software = OURS, simulated: bool = True
 ) -> StepTime:
     """The step as predicted; ``simulated=False`` takes closed forms of bubbles, for a search."""
-    stages = _stages(scenario, cluster)
+    stages = _stages(scenario, cluster, software)
     by_rank = _by_rank(scenario, stages)
     busiest = max(by_rank, key=lambda time: time.total_s)
     m = scenario.num_micro_batches
@@ -176,9 +187,9 @@ def step_time(
     )
 
 
-def _stages(scenario: Scenario, cluster: Cluster) -> Stages:
+def _stages(scenario: Scenario, cluster: Cluster, software: Software) -> Stages:
     """Layers of one kind are timed once, and stages of one composition added up once."""
-    layers = _cached_layer_times(_what_a_layer_knows(scenario), cluster)
+    layers = _cached_layer_times(_what_a_layer_knows(scenario), cluster, software)
     costs = _cached_costs(scenario.model, scenario.sequence_length, scenario.target_length)
     bounds = stage_bounds(scenario)
     clock = LayerClock(scenario, cluster)
@@ -232,8 +243,12 @@ def _what_a_layer_knows(scenario: Scenario) -> Scenario:
 
 
 @lru_cache(maxsize=4096)
-def _cached_layer_times(scenario: Scenario, cluster: Cluster) -> list[LayerTime]:
-    return layer_times(scenario, cluster)
+def _cached_layer_times(scenario: Scenario, cluster: Cluster, software: Software) -> list[LayerTime]:
+    device = cluster.device
+    device = replace(device, attention_share=device.attention_share * software.attention_rate)
+    layers = layer_times(scenario, cluster.with_(device=device))
+    exposed = {id(layer): layer.with_tensor_share(1 - software.hidden_tensor_share) for layer in layers}
+    return [exposed[id(layer)] for layer in layers]
 
 
 @lru_cache(maxsize=256)
@@ -397,7 +412,10 @@ def _data_parallel(
             gradients_s += ranks.all_reduce_s(gradient * parameters)
             sent_bytes += 2 * ranks.gather_bytes(gradient * parameters)
             continue
-        num_gathers = 2 * m if stage == 3 else 1  # ZeRO-3 gathers for each pass of each micro-batch
+        again = software.regathers and scenario.recompute == "full"
+        num_gathers = m * (3 if again else 2) if stage == 3 else 1  # ZeRO-3 gathers for each pass
+        if software.copies_pieces and stage == 3:
+            one_gather += pieces * ranks.size * KERNEL_S
         gathers_s += num_gathers * one_gather
         gradients_s += times * ranks.gather_s(gradient * parameters, messages=pieces)
         sent_bytes += num_gathers * ranks.gather_bytes(weight * parameters)

@@ -1,7 +1,7 @@
 """Published steps with whole configurations, as scenarios; `published.csv` has the facts and where they are printed.
 
 What a source leaves open is assumed alike in all of its rows: Megatron Core's table of H100s names no micro-batch and no
-chunks (1 sample; the most chunks that divide the stages' layers), Table 2 of Narayanan et al. 2021 no chunks (1).  Step
+chunks (all 4 samples at once without a pipeline, else 1; chunks of one layer), Table 2 of Narayanan et al. 2021 no chunks (1).  Step
 times that a source gives as a throughput were computed with its own count of FLOPs.
 """
 
@@ -27,6 +27,8 @@ SOFTWARE = {
         step_time.MEGATRON_CORE,
         step_time.DEEPSPEED_2021,
         step_time.FSDP,
+        step_time.FSDP_TRITON,
+        step_time.MEGATRON_OVERLAPPED,
     )
 }
 GPT = {"position_embedding": "learned", "normalization": "layernorm", "activation": "gelu", "tie_embeddings": True}
@@ -118,7 +120,7 @@ def _row(facts: dict[str, str]) -> Published:
 
     model = _model(facts)
     pp, tp = number("pp"), number("tp")
-    chunks = int(facts["chunks"]) if facts["chunks"] else _most_chunks(model.num_layers // pp)
+    chunks = int(facts["chunks"]) if facts["chunks"] else model.num_layers // pp
     layout = Layout(
         tp=tp,
         pp=pp,
@@ -174,11 +176,6 @@ def _model(facts: dict[str, str]) -> ModelConfig:
             ffn_hidden_size=int(facts["ffn"]),
         )
     return ModelConfig(**numbers, **FAMILIES[facts["family"]], moe=moe)  # type: ignore[arg-type]
-
-
-def _most_chunks(layers: int) -> int:
-    """Chunks of two layers at least, as Megatron's published scripts have them."""
-    return max(n for n in range(1, max(1, layers // 2) + 1) if layers % n == 0)
 
 
 def _even_bounds(model: ModelConfig, stages: int) -> tuple[int, ...] | str:
