@@ -59,7 +59,9 @@ class Cluster:
     inter_bytes_per_s: float  # a device's share of its node's network
     intra_latency_s: float = 3.4e-6  # of one step of a ring: NCCL's src/graph/tuning.cc, NVLINK, Ring, Simple
     inter_latency_s: float = 14.0e-6  # the same: NET, Ring, Simple
-    host_bytes_per_s: float = 25e9  # between a device and its host: PCIe 4.0 x16 reaches about 25 of its 32 GB/s
+    host_bytes_per_s: float = (
+        25e9  # between a device and its host: PCIe 4.0 x16 reaches about 25 of its 32 GB/s
+    )
     nvme_bytes_per_s: float = 3e9  # a device's share of local disks; a guess, disks differ
     host_bytes: float = 128 * GB  # a device's share of its host's memory; a guess: 1 TB for 8
     name: str = "cluster"
@@ -135,7 +137,9 @@ def read_cluster(path: Path) -> Cluster:
     raw = _document(path)
     like = str(raw.pop("like", ""))
     if like not in CLUSTERS:
-        raise RunError(f"{path}: like={like or 'null'}: name the preset it resembles, one of {', '.join(CLUSTERS)}")
+        raise RunError(
+            f"{path}: like={like or 'null'}: name the preset it resembles, one of {', '.join(CLUSTERS)}"
+        )
     device = raw.pop("device", {})
     if not isinstance(device, dict):
         raise RunError(f"{path}: device={device}: must be a section, such as {{memory_bytes: 94e9}}")
@@ -152,7 +156,7 @@ def _document(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as fault:
         raise RunError(f"{path}: not a cluster's description: {fault}") from None
     if not isinstance(raw, dict):
-        raise RunError(f"{path}: must hold keys and values, such as {{\"like\": \"h100\"}}")
+        raise RunError(f'{path}: must hold keys and values, such as {{"like": "h100"}}')
     return raw
 
 
@@ -170,9 +174,10 @@ def _facts(path: Path, prefix: str, kind: type, raw: dict[str, Any]) -> dict[str
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         is_whole = hints[key] is not int or value == int(value) if is_number else False
         if not is_number or not is_whole or not 0 < value < float("inf"):
-            raise RunError(f"{path}: {prefix}{key}={value}: must be a{' whole' * (hints[key] is int)} number above 0")
+            raise RunError(
+                f"{path}: {prefix}{key}={value}: must be a{' whole' * (hints[key] is int)} number above 0"
+            )
         if key.endswith("_share") and value > 1:
             raise RunError(f"{path}: {prefix}{key}={value}: a share of the peak is at most 1")
         facts[key] = hints[key](value)
     return facts
-

@@ -28,7 +28,9 @@ KERNEL_S = 4e-6  # to start a kernel and to let it end
 BACKWARD_PASSES = 1.75
 # The vocabulary's softmax per logit: 16 bit in, a copy in fp32, its maximum, exponentials and sum; and back.
 LOSS_FORWARD_BYTES, LOSS_BACKWARD_BYTES = 22, 12
-ATTENTION_BACKWARD = 2.5  # five products where forward has two (Dao et al. 2022, arXiv:2205.14135, algorithm 4)
+ATTENTION_BACKWARD = (
+    2.5  # five products where forward has two (Dao et al. 2022, arXiv:2205.14135, algorithm 4)
+)
 # A micro-batch's gradient is read in 16 bit, the sum read and written in fp32.
 ACCUMULATE_BYTES = 10
 
@@ -48,11 +50,18 @@ class Phase(NamedTuple):
     def total_s(self) -> float:
         return sum(self)
 
-    def plus(self, other: "Phase") -> "Phase":
-        return Phase(*(a + b for a, b in zip(self, other, strict=True)))
+    def plus(self, other: "Phase", times: float = 1.0) -> "Phase":
+        # Written out: a search does this a million times.
+        return Phase(
+            self.gemm_s + times * other.gemm_s,
+            self.attention_s + times * other.attention_s,
+            self.memory_s + times * other.memory_s,
+            self.tensor_s + times * other.tensor_s,
+            self.expert_s + times * other.expert_s,
+        )
 
     def times(self, factor: float) -> "Phase":
-        return Phase(*(factor * a for a in self))
+        return Phase().plus(self, factor)
 
 
 class LayerTime(NamedTuple):
@@ -66,20 +75,25 @@ class LayerTime(NamedTuple):
     expert_bytes: float = 0.0
 
     def plus(self, other: "LayerTime", times: int = 1) -> "LayerTime":
-        phases = (mine.plus(theirs.times(times)) for mine, theirs in zip(self[:4], other[:4], strict=True))
         return LayerTime(
-            *phases,
+            self.forward.plus(other.forward, times),
+            self.input_gradient.plus(other.input_gradient, times),
+            self.weight_gradient.plus(other.weight_gradient, times),
+            self.recompute.plus(other.recompute, times),
             self.tensor_bytes + times * other.tensor_bytes,
             self.expert_bytes + times * other.expert_bytes,
         )
 
     def with_tensor_share(self, share: float) -> "LayerTime":
         """With so much of the tensor group's collectives not hidden."""
+
+        def exposed(phase: Phase) -> Phase:
+            return phase._replace(tensor_s=share * phase.tensor_s)
+
         return self._replace(
-            **{
-                name: phase._replace(tensor_s=share * phase.tensor_s)
-                for name, phase in zip(self._fields[:4], self[:4], strict=True)
-            }
+            forward=exposed(self.forward),
+            input_gradient=exposed(self.input_gradient),
+            recompute=exposed(self.recompute),
         )
 
     @property
@@ -265,7 +279,9 @@ class LayerClock:
         window = min(model.sliding_window or s, s)
         keys = window - window * window / (2.0 * s) if model.is_causal else float(s)
         flops = 2.0 * self.tokens * keys * (model.query_width + model.value_width) / self.scenario.layout.tp
-        one = Phase(attention_s=flops / (device.peak_flops_per_s(self.scenario.dtype) * device.attention_share))
+        one = Phase(
+            attention_s=flops / (device.peak_flops_per_s(self.scenario.dtype) * device.attention_share)
+        )
         return LayerTime(forward=one, input_gradient=one.times(ATTENTION_BACKWARD))
 
     def _written_attention(self, model: ModelConfig) -> LayerTime:
@@ -314,7 +330,9 @@ class LayerClock:
             Gemm(rows / local, model.hidden_size, width, local),
         ]
         sorting = 4 * 2 * own_rows * model.hidden_size * size  # rows sorted by rank and by expert, and back
-        time = self._linears(products).plus(self._moving(sorting + self._activation_bytes(model, width, rows)))
+        time = self._linears(products).plus(
+            self._moving(sorting + self._activation_bytes(model, width, rows))
+        )
         ep_group = group(self.cluster, size=layout.ep, stride=layout.expert_tp)
         etp_group = group(self.cluster, size=layout.expert_tp)
         sent_bytes = own_rows * model.hidden_size * size

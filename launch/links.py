@@ -81,7 +81,9 @@ class Group:
             return 0.0
         inside = (min(self.per_node, self.size) - 1) / self.size
         across = max(0.0, (self.size - self.per_node) / self.size)
-        busy_s = max(inside * sent_bytes / self.intra_bytes_per_s, across * sent_bytes / self.inter_bytes_per_s)
+        busy_s = max(
+            inside * sent_bytes / self.intra_bytes_per_s, across * sent_bytes / self.inter_bytes_per_s
+        )
         return busy_s + (self.inter_latency_s if across else self.intra_latency_s)
 
 

@@ -6,8 +6,9 @@ copies to a host.  Figures are of one device.  Software differs in what it hides
 gathers weights; that is stated once for each (`Software`), never for a run.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -48,7 +49,9 @@ class Software:
     copies_pieces: bool = False  # ZeRO-3's collectives copy each rank's piece by a kernel of its own
     regathers: bool = True  # ZeRO-3 gathers once more where a layer is computed again
     attention_rate: float = 1.0  # of its fused attention, over the device's `attention_share`
-    hidden_tensor_share: float = 0.0  # of the tensor group's collectives, behind the products before and after them
+    hidden_tensor_share: float = (
+        0.0  # of the tensor group's collectives, behind the products before and after them
+    )
 
 
 # DeepSpeed fetches module by module: four matrices of a block, since small parameters stay; each forward hook fetches,
@@ -59,8 +62,8 @@ MEGATRON_2021 = Software("Megatron-LM 2021", 4, False, False, False, True)
 MEGATRON_CORE = Software("Megatron Core", 4, True, True, True, True)
 # With --tp-comm-overlap; products are cut into as many pieces as there are ranks, mostly 4 or 8: one is not hidden.
 MEGATRON_OVERLAPPED = replace(MEGATRON_CORE, name="Megatron Core overlapped", hidden_tensor_share=0.75)
-# As it was in 2021: ZeRO-3 gathered each of a block's 12 tensors by itself, into a list of tensors, and hid nothing, nor
-# did its pipeline.
+# As it was in 2021: ZeRO-3 gathered each of a block's 12 tensors by itself, into a list of tensors, and hid nothing;
+# nor did its pipeline.
 DEEPSPEED_2021 = Software("DeepSpeed 2021", 12, False, False, False, False, copies_pieces=True)
 FSDP = Software("PyTorch FSDP", 1, True, True, True, False, regathers=False)  # a block is one flat parameter
 # FlashAttention in Triton; FlashAttention 2 is 1.3 to 1.5 times as fast in forward passes and twice in backward passes
@@ -100,7 +103,7 @@ class StepTime:
 
     @property
     def parts(self) -> dict[str, float]:
-        return {key: value for key, value in vars(self).items() if key.endswith("_s")}
+        return {name: getattr(self, name) for name in PARTS}
 
     @cached_property
     def total_s(self) -> float:
@@ -138,6 +141,9 @@ class StepTime:
 
     def device_hours(self, num_tokens: float) -> float:
         return self.days(num_tokens) * 24 * self.num_devices
+
+
+PARTS = tuple(field.name for field in fields(StepTime) if field.name.endswith("_s"))
 
 
 class Stages(NamedTuple):
@@ -191,37 +197,31 @@ def _stages(scenario: Scenario, cluster: Cluster, software: Software) -> Stages:
     """Layers of one kind are timed once, and stages of one composition added up once."""
     layers = _cached_layer_times(_what_a_layer_knows(scenario), cluster, software)
     costs = _cached_costs(scenario.model, scenario.sequence_length, scenario.target_length)
+    clock, layout = LayerClock(scenario, cluster), scenario.layout
     bounds = stage_bounds(scenario)
-    clock = LayerClock(scenario, cluster)
-    layout = scenario.layout
-    known: dict[tuple[tuple[int, int], ...], LayerTime] = {}
+    known: dict[tuple[object, ...], LayerTime] = {}
     times, dense, experts = [], [], []
     for start, end in pairwise(bounds):
         routed = sum(cost.expert_parameters for cost in costs[start:end])
-        plain = sum(cost.parameters for cost in costs[start:end]) - routed
-        dense.append(plain / layout.tp)
+        dense.append((sum(cost.parameters for cost in costs[start:end]) - routed) / layout.tp)
         experts.append(routed / (layout.ep * layout.expert_tp))
-        time = _added_up(layers[start:end], known)
-        if scenario.num_micro_batches > 1:
-            time = time.plus(clock.accumulating(dense[-1] + experts[-1]))
-        times.append(time)
+        counts = Counter(map(id, layers[start:end]))
+        key = (*sorted(counts.items()), dense[-1] + experts[-1])
+        if key not in known:
+            time = _added_up(layers[start:end], counts)
+            if scenario.num_micro_batches > 1:
+                time = time.plus(clock.accumulating(dense[-1] + experts[-1]))
+            known[key] = time
+        times.append(known[key])
     return Stages(tuple(times), tuple(dense), tuple(experts), tuple(b - a for a, b in pairwise(bounds)))
 
 
-def _added_up(
-    layers: Sequence[LayerTime], known: dict[tuple[tuple[int, int], ...], LayerTime]
-) -> LayerTime:
-    counts: dict[int, int] = {}
-    for layer in layers:
-        counts[id(layer)] = counts.get(id(layer), 0) + 1
-    key = tuple(sorted(counts.items()))
-    if key not in known:
-        by_id = {id(layer): layer for layer in layers}
-        total = LayerTime()
-        for each, count in counts.items():
-            total = total.plus(by_id[each], count)
-        known[key] = total
-    return known[key]
+def _added_up(layers: Sequence[LayerTime], counts: Mapping[int, int]) -> LayerTime:
+    by_id = {id(layer): layer for layer in layers}
+    total = LayerTime()
+    for each, count in counts.items():
+        total = total.plus(by_id[each], count)
+    return total
 
 
 def _what_a_layer_knows(scenario: Scenario) -> Scenario:
@@ -282,11 +282,20 @@ def _cached_bounds(scenario: Scenario) -> tuple[int, ...]:
 
 def _by_rank(scenario: Scenario, stages: Stages) -> list[LayerTime]:
     placement = scenario.placement
-    ranks = [LayerTime()] * placement.stages
+    if placement.chunks == 1:
+        return list(stages.times)
+    ranks: list[Counter[LayerTime]] = [Counter() for _ in range(placement.stages)]
     for virtual, time in enumerate(stages.times):
-        rank = placement.rank(virtual)
-        ranks[rank] = ranks[rank].plus(time)
-    return ranks
+        ranks[placement.rank(virtual)][time] += 1
+    known: dict[frozenset[tuple[LayerTime, int]], LayerTime] = {}
+    for chunks in ranks:
+        key = frozenset(chunks.items())
+        if key not in known:
+            total = LayerTime()
+            for time, count in chunks.items():
+                total = total.plus(time, count)
+            known[key] = total
+    return [known[frozenset(chunks.items())] for chunks in ranks]
 
 
 def _pipeline(

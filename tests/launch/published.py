@@ -1,8 +1,9 @@
 """Published steps with whole configurations, as scenarios; `published.csv` has the facts and where they are printed.
 
-What a source leaves open is assumed alike in all of its rows: Megatron Core's table of H100s names no micro-batch and no
-chunks (all 4 samples at once without a pipeline, else 1; chunks of one layer), Table 2 of Narayanan et al. 2021 no chunks (1).  Step
-times that a source gives as a throughput were computed with its own count of FLOPs.
+What a source leaves open is assumed alike in all of its rows.  Megatron Core's table of H100s names neither micro-batch
+nor chunks: all 4 samples of a rank at once where there is no pipeline, else 1, and chunks of one layer.  Table 2 of
+Narayanan et al. 2021 names no chunks: 1.  Micro-batches that nobody names have 1 sample.  Step times that a source
+gives as a throughput were computed with its own count of FLOPs.
 """
 
 import csv
@@ -31,7 +32,12 @@ SOFTWARE = {
         step_time.MEGATRON_OVERLAPPED,
     )
 }
-GPT = {"position_embedding": "learned", "normalization": "layernorm", "activation": "gelu", "tie_embeddings": True}
+GPT = {
+    "position_embedding": "learned",
+    "normalization": "layernorm",
+    "activation": "gelu",
+    "tie_embeddings": True,
+}
 FAMILIES: dict[str, dict[str, object]] = {
     "gpt": {**GPT, "linear_bias": True, "hidden_dropout": 0.1, "attention_dropout": 0.1},
     "mpt": {**GPT, "position_embedding": "none"},
