@@ -82,8 +82,8 @@ DEVICES = {
     "h100": _H100,
     # NVIDIA H200 datasheet (2024): an H100 with 141 GB at 4.8 TB/s.
     "h200": replace(_H100, name="H200", memory_bytes=141 * GB, memory_bytes_per_s=4800 * GB),
-    # NVIDIA DGX B200 datasheet (2024), an eighth of it: 36 PFLOP/s in 16 bit with sparsity, 72 in fp8, 1440 GB, 64 TB/s;
-    # 80 TFLOP/s in fp32 and 148 SMs (Blackwell architecture brief).
+    # NVIDIA DGX B200 datasheet (2024), an eighth of it: 36 PFLOP/s in 16 bit with sparsity, 72 in fp8, 1440 GB,
+    # 64 TB/s; 80 TFLOP/s in fp32 and 148 SMs (Blackwell architecture brief).
     "b200": Device("B200", 2250, 2250, 80, 4500, 180 * GB, 8000 * GB, 148, 0.47, 0.30),
     # AMD Instinct MI250X datasheet (2021), half of it, since each of its two dies is a device of its own: 383 TFLOP/s
     # in 16 bit, 95.7 in fp32 matrices, 128 GB, 3.2 TB/s, 220 compute units.

@@ -199,7 +199,9 @@ def schedules(pp: int) -> list[tuple[str, int]]:
     """Names with numbers of chunks."""
     if pp == 1:
         return [("1f1b", 1)]
-    many = [(name, chunks) for name in ("interleaved", "interleaved-zb") for chunks in range(2, MOST_CHUNKS + 1)]
+    many = [
+        (name, chunks) for name in ("interleaved", "interleaved-zb") for chunks in range(2, MOST_CHUNKS + 1)
+    ]
     return [("1f1b", 1), ("eager", 1), ("zb-h1", 1), ("zb-v", 2), *many]
 
 
@@ -299,7 +301,9 @@ def _bytes_by_rank(scenario: Scenario) -> tuple[list[float], list[float]]:
         routed = sums.experts[end] - sums.experts[start]
         dense = sums.parameters[end] - sums.parameters[start] - routed
         states[rank] += dense * plain_bytes + routed * expert_bytes
-        kept[rank] += (sums.bytes_per_token[end] - sums.bytes_per_token[start]) * tokens * _live(scenario, rank)
+        kept[rank] += (
+            (sums.bytes_per_token[end] - sums.bytes_per_token[start]) * tokens * _live(scenario, rank)
+        )
     return states, kept
 
 
@@ -365,7 +369,9 @@ def _state_bytes(scenario: Scenario, copies: int) -> float:
     """Of one parameter: weight, gradient, optimizer (Rajbhandari et al. 2020, arXiv:1910.02054, section 5)."""
     each = state_bytes_per_parameter(scenario.dtype, gradient_dtype=scenario.gradient_dtype)
     stage = scenario.zero_stage
-    optimizer = 0.0 if scenario.offload_optimizer != "none" else each.optimizer / (copies if stage >= 1 else 1)
+    optimizer = (
+        0.0 if scenario.offload_optimizer != "none" else each.optimizer / (copies if stage >= 1 else 1)
+    )
     gradients = each.gradients / (copies if stage >= 2 else 1)
     weights = 0.0 if scenario.offload_parameters != "none" else each.weights / (copies if stage == 3 else 1)
     return weights + gradients + optimizer
@@ -411,5 +417,3 @@ def lacks(best: StepTime, other: StepTime) -> Sequence[tuple[str, float]]:
     mine, theirs = best.parts, other.parts
     more = [(name, theirs[name] - mine[name]) for name in mine]
     return sorted((part for part in more if part[1] > 0), key=lambda part: -part[1])
-
-

@@ -48,6 +48,15 @@ WITHOUT_TORCH = (
     "pretrain.engine.schedules.check",
     "pretrain.engine.schedules.draw",
     "launch.parity",
+    "launch.advice",
+    "launch.hardware",
+    "launch.layer_time",
+    "launch.links",
+    "launch.plan",
+    "launch.plan_files",
+    "launch.planner",
+    "launch.scenario",
+    "launch.step_time",
 )
 
 
