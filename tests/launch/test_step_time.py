@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from launch import step_time as timing
+from launch import software
 from launch.hardware import CLUSTERS
 from launch.scenario import Scenario
-from launch.step_time import Software, StepTime, step_time
+from launch.software import Software
+from launch.step_time import StepTime, step_time
 from model_providers.layout import Layout
 from model_providers.presets import get_preset
 from pretrain.engine.schedules.catalogue import SCHEDULES, make_schedule
@@ -150,9 +151,9 @@ def test_software_that_hides_more_is_faster() -> None:
 
 
 BY_WHAT_THEY_HIDE: tuple[Software, ...] = (
-    timing.MEGATRON_2021,
-    timing.MEGATRON_CORE,
-    timing.MEGATRON_OVERLAPPED,
+    software.MEGATRON_2021,
+    software.MEGATRON_CORE,
+    software.MEGATRON_OVERLAPPED,
 )
 
 
