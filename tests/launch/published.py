@@ -3,8 +3,8 @@
 What a source leaves open is assumed alike in all of its rows.  Megatron Core's table of H100s names neither micro-batch
 nor chunks: all 4 samples of a rank at once where there is no pipeline, else 1, and chunks of one layer; this was chosen
 with predictions at hand, so that table tests little.  Table 2 of Narayanan et al. 2021 names no chunks: 1.  Other
-micro-batches that nobody names have 1 sample.  Step times that a source gives as a throughput were computed with its own
-count of FLOPs.
+micro-batches that nobody names have 1 sample.  Step times that a source gives as a throughput were computed with its
+own count of FLOPs.
 
 Left out are rows that the engine cannot be asked for: fp8, context parallelism, recompute of single operators, H100s of
 500 W; and those of models with shapes that their source does not state in full.
