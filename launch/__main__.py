@@ -46,6 +46,9 @@ COMMANDS = {
         "pretrain.show_config", "print a run's resolved configuration and where each value comes from"
     ),
     "schedule": Command("launch.schedule", "draw a pipeline schedule, its bubble and its memory"),
+    "plan": Command(
+        "launch.plan", "the fastest legal layout of a model on a cluster, and files to start it with"
+    ),
     "plot": Command("pretrain.plot", "draw a run's losses, its experts' loads, or a learning-rate schedule"),
 }
 

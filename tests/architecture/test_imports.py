@@ -48,6 +48,21 @@ WITHOUT_TORCH = (
     "pretrain.engine.schedules.check",
     "pretrain.engine.schedules.draw",
     "launch.parity",
+    "launch.advice",
+    "launch.fitting",
+    "launch.hardware",
+    "launch.layer_time",
+    "launch.links",
+    "launch.pipeline_time",
+    "launch.plan",
+    "launch.plan_files",
+    "launch.plan_tables",
+    "launch.planner",
+    "launch.scenario",
+    "launch.software",
+    "launch.stage_time",
+    "launch.state_time",
+    "launch.step_time",
 )
 
 

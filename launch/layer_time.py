@@ -1,0 +1,382 @@
+"""How long a rank computes one layer for one micro-batch, and how long its tensor and expert groups talk in it.
+
+Matrix products are timed by their shapes, attention by its arithmetic, everything else by the bytes that it moves.
+Forward, gradients of inputs and gradients of weights stand apart, since zero-bubble schedules run them apart.
+Models with two stacks or a generator are timed by their FLOPs alone, at the rate of a large product.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from launch.hardware import Cluster, Device
+from launch.links import Group, group
+from launch.scenario import Scenario
+from model_providers.config import ModelConfig
+from model_providers.cost import layer_costs
+
+# A product is cut into tiles of 256 x 128, the largest that tensor cores of Ampere and Hopper are fed with (NVIDIA,
+# "Matrix multiplication background user's guide", section 4); the last wave of tiles is half empty on average.
+TILE = (256, 128)
+LOST_WAVES = 0.5
+# Filling and draining a tile costs about as much as this many steps of its inner dimension.
+LOST_DEPTH = 256
+MEMORY_SHARE = 0.8  # of the printed bandwidth, as copies reach it
+KERNEL_S = 4e-6  # to start a kernel and to let it end
+# Bytes of a backward pass over those of the forward pass in what is bound by memory: a norm reads two and writes one
+# where it read one and wrote one, biases and residual sums read once more.
+BACKWARD_PASSES = 1.75
+# The vocabulary's softmax per logit: 16 bit in, a copy in fp32, its maximum, exponentials and sum; and back.
+LOSS_FORWARD_BYTES, LOSS_BACKWARD_BYTES = 22, 12
+ATTENTION_BACKWARD = (
+    2.5  # five products where forward has two (Dao et al. 2022, arXiv:2205.14135, algorithm 4)
+)
+# A micro-batch's gradient is read in 16 bit, the sum read and written in fp32.
+ACCUMULATE_BYTES = 10
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+class Phase(NamedTuple):
+    """Seconds of one pass, by kind."""
+
+    gemm_s: float = 0.0
+    attention_s: float = 0.0
+    memory_s: float = 0.0  # norms, activations, dropouts, sums: bound by memory
+    tensor_s: float = 0.0  # collectives of the tensor group
+    expert_s: float = 0.0  # all-to-alls, and collectives of the experts' tensor group
+
+    @property
+    def total_s(self) -> float:
+        return sum(self)
+
+    def plus(self, other: "Phase", times: float = 1.0) -> "Phase":
+        # Written out: a search does this a million times.
+        return Phase(
+            self.gemm_s + times * other.gemm_s,
+            self.attention_s + times * other.attention_s,
+            self.memory_s + times * other.memory_s,
+            self.tensor_s + times * other.tensor_s,
+            self.expert_s + times * other.expert_s,
+        )
+
+    def times(self, factor: float) -> "Phase":
+        return Phase().plus(self, factor)
+
+
+class LayerTime(NamedTuple):
+    """Of one layer, one micro-batch, one rank."""
+
+    forward: Phase = Phase()
+    input_gradient: Phase = Phase()
+    weight_gradient: Phase = Phase()
+    recompute: Phase = Phase()  # before the gradients of inputs
+    tensor_bytes: float = 0.0  # that the rank sends to its tensor group, all passes together
+    expert_bytes: float = 0.0
+
+    def plus(self, other: "LayerTime", times: int = 1) -> "LayerTime":
+        return LayerTime(
+            self.forward.plus(other.forward, times),
+            self.input_gradient.plus(other.input_gradient, times),
+            self.weight_gradient.plus(other.weight_gradient, times),
+            self.recompute.plus(other.recompute, times),
+            self.tensor_bytes + times * other.tensor_bytes,
+            self.expert_bytes + times * other.expert_bytes,
+        )
+
+    def with_tensor_share(self, share: float) -> "LayerTime":
+        """With so much of the tensor group's collectives not hidden."""
+
+        def exposed(phase: Phase) -> Phase:
+            return phase._replace(tensor_s=share * phase.tensor_s)
+
+        return self._replace(
+            forward=exposed(self.forward),
+            input_gradient=exposed(self.input_gradient),
+            recompute=exposed(self.recompute),
+        )
+
+    @property
+    def backward_s(self) -> float:
+        return self.recompute.total_s + self.input_gradient.total_s + self.weight_gradient.total_s
+
+    @property
+    def total_s(self) -> float:
+        return self.forward.total_s + self.backward_s
+
+
+class Gemm(NamedTuple):
+    """``batch`` products of [rows, depth] and [depth, columns]."""
+
+    rows: float
+    columns: float
+    depth: float
+    batch: float = 1
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.rows * self.columns * self.depth * self.batch
+
+    def seconds(self, device: Device, peak_flops_per_s: float, bytes_per_value: int) -> float:
+        tiles = self.batch * math.ceil(self.rows / TILE[0]) * math.ceil(self.columns / TILE[1])
+        waves = tiles / device.num_cores
+        depth = self.depth + LOST_DEPTH
+        tile_flops = 2.0 * TILE[0] * TILE[1] * depth * device.num_cores
+        arithmetic_s = (waves + LOST_WAVES) * tile_flops / (peak_flops_per_s * device.gemm_share)
+        values = self.rows * self.depth + self.depth * self.columns + self.rows * self.columns
+        memory_s = self.batch * values * bytes_per_value / (device.memory_bytes_per_s * MEMORY_SHARE)
+        return max(arithmetic_s, memory_s) + KERNEL_S
+
+    def backward(self) -> tuple["Gemm", "Gemm"]:
+        """For the gradients of the left factor (inputs) and of the right one (weights)."""
+        rows, columns, depth, batch = self
+        return Gemm(rows, depth, columns, batch), Gemm(depth, columns, rows, batch)
+
+
+@dataclass(frozen=True)
+class LayerClock:
+    """What times layers of one scenario on one cluster."""
+
+    scenario: Scenario
+    cluster: Cluster
+
+    @property
+    def tokens(self) -> int:
+        return self.scenario.micro_size * self.scenario.sequence_length
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share out what lies between the matrices."""
+        return self.scenario.layout.tp if self.scenario.layout.shards_sequence else 1
+
+    @property
+    def bytes_per_value(self) -> int:
+        return BYTES[self.scenario.dtype]
+
+    @property
+    def tensor_group(self) -> Group:
+        return group(self.cluster, size=self.scenario.layout.tp)
+
+    def block(self, model: ModelConfig, *, has_experts: bool = False) -> LayerTime:
+        """Attention and an MLP, or experts."""
+        products = self._attention_linears(model)
+        moved = self._between_matrices(model)
+        attention = self._core_attention(model)
+        time = LayerTime()
+        if has_experts:
+            products, moved, time = products + self._shared_mlp(model), moved, self._experts(model)
+        else:
+            products += self._mlp(model, model.ffn_width)
+            moved += self._activation_bytes(model, model.ffn_width, self.tokens) / self.scenario.layout.tp
+        time = time.plus(self._linears(products)).plus(self._moving(moved)).plus(attention)
+        time = time.plus(self._tensor_collectives(model, pairs=1 if has_experts else 2))
+        return self._recomputed(time, attention)
+
+    def head(self, model: ModelConfig, *, times: int = 1) -> LayerTime:
+        """Logits and the loss on them, of this rank's words."""
+        words = model.padded_vocab_size / self.scenario.layout.tp
+        time = self._linears([Gemm(self.tokens, words, model.hidden_size)])
+        logits = self.tokens * words
+        time = time.plus(
+            LayerTime(
+                forward=self._moved(logits * LOSS_FORWARD_BYTES),
+                input_gradient=self._moved(logits * LOSS_BACKWARD_BYTES),
+            )
+        )
+        one = self._reduced(self.tokens * model.hidden_size * self.bytes_per_value)
+        talk = LayerTime(input_gradient=Phase(tensor_s=one[0]), tensor_bytes=one[1])
+        return LayerTime().plus(time.plus(talk), times)
+
+    def embedding(self, model: ModelConfig) -> LayerTime:
+        """Rows are copied; the tensor ranks sum them, since each knows its own words."""
+        seconds, sent_bytes = self._reduced(self.tokens * model.hidden_size * self.bytes_per_value)
+        moved = 3 * self.tokens * model.hidden_size * self.bytes_per_value
+        time = self._moving(moved)
+        return time.plus(LayerTime(forward=Phase(tensor_s=seconds), tensor_bytes=sent_bytes))
+
+    def norm(self, model: ModelConfig) -> LayerTime:
+        return self._moving(2 * self.tokens * model.hidden_size * self.bytes_per_value / self.shards)
+
+    def looking_ahead(self, model: ModelConfig) -> LayerTime:
+        """A block behind a projection of two hidden states."""
+        block = self.block(model, has_experts=model.moe is not None)
+        h = model.hidden_size
+        return block.plus(self._linears([Gemm(self.tokens, h / self.scenario.layout.tp, 2 * h)]))
+
+    def by_flops(self, flops_per_token: float, moved_bytes_per_token: float) -> LayerTime:
+        """A layer of whose products nothing is known but how much they come to."""
+        peak = self.cluster.device.peak_flops_per_s(self.scenario.dtype) * self.cluster.device.gemm_share
+        one = Phase(gemm_s=flops_per_token * self.tokens / self.scenario.layout.tp / peak)
+        moving = self._moving(moved_bytes_per_token * self.tokens)
+        return LayerTime(forward=one, input_gradient=one, weight_gradient=one).plus(moving)
+
+    def accumulating(self, parameters: float) -> LayerTime:
+        """A micro-batch's gradients added to those before."""
+        return LayerTime(weight_gradient=self._moved(parameters * ACCUMULATE_BYTES))
+
+    def _gemm_s(self, products: list[Gemm]) -> float:
+        device, size = self.cluster.device, self.bytes_per_value
+        peak = device.peak_flops_per_s(self.scenario.dtype)
+        return sum(product.seconds(device, peak, size) for product in products)
+
+    def _linears(self, products: list[Gemm]) -> LayerTime:
+        backward = [product.backward() for product in products]
+        return LayerTime(
+            forward=Phase(gemm_s=self._gemm_s(products)),
+            input_gradient=Phase(gemm_s=self._gemm_s([inputs for inputs, _ in backward])),
+            weight_gradient=Phase(gemm_s=self._gemm_s([weights for _, weights in backward])),
+        )
+
+    def _moved(self, moved_bytes: float) -> Phase:
+        return Phase(memory_s=moved_bytes / (self.cluster.device.memory_bytes_per_s * MEMORY_SHARE))
+
+    def _moving(self, forward_bytes: float) -> LayerTime:
+        forward = self._moved(forward_bytes)
+        return LayerTime(forward=forward, input_gradient=forward.times(BACKWARD_PASSES))
+
+    def _attention_linears(self, model: ModelConfig) -> list[Gemm]:
+        t, h, tp = self.tokens, model.hidden_size, self.scenario.layout.tp
+        output = Gemm(t, h, model.value_width / tp)
+        mla = model.mla
+        if mla is None:
+            return [Gemm(t, (model.query_width + 2 * model.kv_width) / tp, h), output]
+        queries = [Gemm(t, model.query_width / tp, h)]
+        if mla.q_lora_rank is not None:
+            queries = [Gemm(t, mla.q_lora_rank, h), Gemm(t, model.query_width / tp, mla.q_lora_rank)]
+        heads = model.num_attention_heads * (mla.qk_nope_head_dim + mla.v_head_dim) / tp
+        keys = [Gemm(t, mla.kv_lora_rank + mla.qk_rope_head_dim, h), Gemm(t, heads, mla.kv_lora_rank)]
+        return [*queries, *keys, output]
+
+    def _mlp(self, model: ModelConfig, width: float) -> list[Gemm]:
+        t, h, local = self.tokens, model.hidden_size, width / self.scenario.layout.tp
+        return [Gemm(t, local * (2 if model.is_gated else 1), h), Gemm(t, h, local)]
+
+    def _shared_mlp(self, model: ModelConfig) -> list[Gemm]:
+        assert model.moe is not None
+        shared = model.moe.shared_ffn_hidden_size
+        router = [Gemm(self.tokens / self.shards, model.moe.num_experts, model.hidden_size)]
+        return router + (self._mlp(model, shared) if shared else [])
+
+    def _between_matrices(self, model: ModelConfig) -> float:
+        """Bytes of a forward pass: two norms, two sums with dropout, and queries, keys and values turned or moved."""
+        h, size = model.hidden_size, self.bytes_per_value
+        mask = 1 if model.hidden_dropout else 0
+        norms_and_sums = 2 * (2 * size * h + 3 * size * h + mask * h) / self.shards
+        heads = 2 * size * (model.query_width + 2 * model.kv_width) / self.scenario.layout.tp
+        return self.tokens * (norms_and_sums + heads)
+
+    def _activation_bytes(self, model: ModelConfig, width: float, rows: float) -> float:
+        return rows * width * self.bytes_per_value * (3 if model.is_gated else 2)
+
+    def _core_attention(self, model: ModelConfig) -> LayerTime:
+        if self.scenario.fused:
+            return self._fused_attention(model)
+        return self._written_attention(model)
+
+    def _fused_attention(self, model: ModelConfig) -> LayerTime:
+        """Scores never leave the chip, and what a mask hides is not computed."""
+        s, device = self.scenario.sequence_length, self.cluster.device
+        window = min(model.sliding_window or s, s)
+        keys = window - window * window / (2.0 * s) if model.is_causal else float(s)
+        flops = 2.0 * self.tokens * keys * (model.query_width + model.value_width) / self.scenario.layout.tp
+        one = Phase(
+            attention_s=flops / (device.peak_flops_per_s(self.scenario.dtype) * device.attention_share)
+        )
+        return LayerTime(forward=one, input_gradient=one.times(ATTENTION_BACKWARD))
+
+    def _written_attention(self, model: ModelConfig) -> LayerTime:
+        """Batched products, a fused softmax and a dropout that read and write all s x s scores, masked or not."""
+        s, size = self.scenario.sequence_length, self.bytes_per_value
+        heads = self.scenario.micro_size * model.num_attention_heads / self.scenario.layout.tp
+        products = [
+            Gemm(s, s, model.query_width / model.num_attention_heads, heads),
+            Gemm(s, model.value_width / model.num_attention_heads, s, heads),
+        ]
+        forward_s = self._gemm_s(products)
+        drops = 2 * size + 1 if model.attention_dropout else 0
+        scores = heads * s * s
+        forward = self._moved(scores * (2 * size + drops))
+        backward = self._moved(scores * (3 * size + drops))
+        return LayerTime(
+            forward=Phase(attention_s=forward_s + forward.total_s),
+            input_gradient=Phase(attention_s=2 * forward_s + backward.total_s),
+        )
+
+    def _tensor_collectives(self, model: ModelConfig, *, pairs: int) -> LayerTime:
+        """One sum behind each half of a block, and one more on the way back (Shoeybi et al. 2019, section 3).
+
+        Under sequence parallelism each is a reduce-scatter and an all-gather, which take as long (Korthikanti et al.
+        2022, section 4.2.2).
+        """
+        seconds, sent_bytes = self._reduced(self.tokens * model.hidden_size * self.bytes_per_value)
+        one = Phase(tensor_s=pairs * seconds)
+        return LayerTime(forward=one, input_gradient=one, tensor_bytes=2 * pairs * sent_bytes)
+
+    def _reduced(self, whole_bytes: float) -> tuple[float, float]:
+        """Seconds and bytes sent of one sum over the tensor group."""
+        ranks = self.tensor_group
+        return ranks.all_reduce_s(whole_bytes), 2 * ranks.gather_bytes(whole_bytes)
+
+    def _experts(self, model: ModelConfig) -> LayerTime:
+        """For a balanced router: tokens go to their experts' ranks and come back, twice."""
+        moe, layout, size = model.moe, self.scenario.layout, self.bytes_per_value
+        assert moe is not None
+        own_rows = self.tokens / layout.tp * moe.top_k  # what this rank's share of the sequence sends out
+        rows, local = own_rows * layout.expert_tp, max(1, moe.num_experts // layout.ep)
+        width = moe.ffn_hidden_size / layout.expert_tp
+        columns = width * (2 if model.is_gated else 1)
+        products = [
+            Gemm(rows / local, columns, model.hidden_size, local),
+            Gemm(rows / local, model.hidden_size, width, local),
+        ]
+        sorting = 4 * 2 * own_rows * model.hidden_size * size  # rows sorted by rank and by expert, and back
+        time = self._linears(products).plus(
+            self._moving(sorting + self._activation_bytes(model, width, rows))
+        )
+        ep_group = group(self.cluster, size=layout.ep, stride=layout.expert_tp)
+        etp_group = group(self.cluster, size=layout.expert_tp)
+        sent_bytes = own_rows * model.hidden_size * size
+        once_s = ep_group.all_to_all_s(sent_bytes) + etp_group.gather_s(sent_bytes * layout.expert_tp)
+        both_ways = Phase(expert_s=2 * once_s)
+        once_bytes = ep_group.gather_bytes(sent_bytes) + etp_group.gather_bytes(sent_bytes * layout.expert_tp)
+        talk = LayerTime(forward=both_ways, input_gradient=both_ways, expert_bytes=4 * once_bytes)
+        return time.plus(talk)
+
+    def _recomputed(self, time: LayerTime, attention: LayerTime) -> LayerTime:
+        mode = self.scenario.recompute
+        if mode == "none":
+            return time
+        again = time.forward if mode == "full" else attention.forward
+        half = 0.5 if mode == "full" else 0.0  # collectives of forward passes are half of all
+        return time._replace(
+            recompute=again,
+            tensor_bytes=time.tensor_bytes * (1 + half),
+            expert_bytes=time.expert_bytes * (1 + half),
+        )
+
+
+def layer_times(scenario: Scenario, cluster: Cluster) -> list[LayerTime]:
+    """In the order of the plan, as model_providers.cost.layer_costs has them."""
+    clock, model = LayerClock(scenario, cluster), scenario.model
+    if model.t5 is not None or model.electra is not None:
+        return _by_flops(clock)
+    dense = clock.block(model)
+    sparse = clock.block(model, has_experts=True) if model.moe is not None else dense
+    blocks = [sparse if model.has_experts(layer) else dense for layer in range(model.num_layers)]
+    ahead = model.mtp.depth if model.mtp is not None else 0
+    looking = [clock.looking_ahead(model)] * ahead
+    norms = [] if model.norms_after else [clock.norm(model)]
+    return [clock.embedding(model), *blocks, *norms, *looking, clock.head(model, times=1 + ahead)]
+
+
+def _by_flops(clock: LayerClock) -> list[LayerTime]:
+    scenario = clock.scenario
+    costs = layer_costs(
+        scenario.model,
+        scenario.sequence_length,
+        target_length=scenario.target_length,
+        tp=scenario.layout.tp,
+        sequence_parallel=scenario.layout.shards_sequence,
+        bytes_per_value=clock.bytes_per_value,
+    )
+    return [clock.by_flops(cost.forward_flops_per_token, cost.activation_bytes_per_token) for cost in costs]

@@ -1,0 +1,96 @@
+"""What `megaloom plan --out` writes: a run file, its DeepSpeed JSON, and the line that starts it."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launch.planner import Candidate, Task
+from launch.scenario import Scenario
+from pretrain.config_io import find_deepspeed_json
+from pretrain.config_rules import SPLIT_BACKWARD
+from pretrain.errors import RunError
+from pretrain.nested import put
+
+RUN_FILE, DEEPSPEED_FILE, COMMAND_FILE = "run.yaml", "deepspeed.json", "command.txt"
+
+
+def write(folder: Path, task: Task, best: Candidate, *, model: dict[str, Any], steps: int, lr: float) -> str:
+    """Three files; returns the command."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        document = run_document(task, best.scenario, model=model, steps=steps, lr=lr)
+        document["deepspeed"] = str(folder / DEEPSPEED_FILE)
+        header = f"# Planned for {task.num_devices} x {task.cluster.device.name}: {best.step.total_s:.3g} s a step.\n"
+        text = header + yaml.safe_dump(document, sort_keys=False, width=110)
+        (folder / RUN_FILE).write_text(text, "utf-8")
+        (folder / DEEPSPEED_FILE).write_text(
+            json.dumps(deepspeed_document(best.scenario), indent=2) + "\n", "utf-8"
+        )
+        line = command(task, folder)
+        (folder / COMMAND_FILE).write_text(line + "\n", "utf-8")
+    except OSError as fault:
+        raise RunError(f"--out={folder}: {fault.strerror}; choose another folder") from None
+    return line
+
+
+def run_document(
+    task: Task, scenario: Scenario, *, model: dict[str, Any], steps: int, lr: float
+) -> dict[str, Any]:
+    """A run file that states what the plan decided, and what it was planned for."""
+    config, layout = task.config, scenario.layout
+    stated: dict[str, Any] = {"tp": layout.tp, "pp": layout.pp}
+    if layout.shards_sequence:
+        stated["sequence_parallel"] = True
+    if layout.ep > 1:
+        stated["ep"] = layout.ep
+    if layout.etp is not None:
+        stated["etp"] = layout.etp
+    if layout.pp > 1:
+        stated |= {"schedule": scenario.schedule, "chunks": layout.chunks}
+    document: dict[str, Any] = {
+        "name": config.name,
+        "out": config.out,
+        "model": model,
+        "data": config.data.model_dump(mode="json", exclude_unset=True),
+        "layout": stated,
+        "batch": {"global_size": scenario.global_size, "micro_size": scenario.micro_size},
+        "precision": config.precision.model_dump(),
+        "optimizer": {**config.optimizer.model_dump(mode="json", exclude_unset=True), "lr": lr},
+        "train": {**config.train.model_dump(mode="json", exclude_unset=True), "steps": steps},
+    }
+    if scenario.recompute != "none":
+        document["recompute"] = scenario.recompute
+    if "nvme" in (scenario.offload_optimizer, scenario.offload_parameters):
+        document["nvme_path"] = config.nvme_path or "/a/folder/on/a/local/disk"
+    if scenario.schedule in SPLIT_BACKWARD:
+        document["kernels"] = "torch"  # whose weight gradients can wait
+    return document
+
+
+def deepspeed_document(scenario: Scenario) -> dict[str, Any]:
+    """The shipped JSON that comes nearest, with this stage and these offloads."""
+    stage = scenario.zero_stage
+    name = f"zero{stage}"
+    if scenario.layout.pp > 1:
+        name = "pipeline"
+    elif scenario.offload_parameters != "none":
+        name = f"zero3_{scenario.offload_parameters}_offload"
+    elif scenario.offload_optimizer == "cpu" and stage == 2:
+        name = "zero2_cpu_offload"
+    document: dict[str, Any] = json.loads(find_deepspeed_json(f"{name}.json").read_text("utf-8"))
+    put(document, "zero_optimization.stage", stage)
+    if scenario.offload_optimizer == "cpu":
+        put(document, "zero_optimization.offload_optimizer", {"device": "cpu", "pin_memory": True})
+    return document
+
+
+def command(task: Task, folder: Path) -> str:
+    """On one machine `megaloom run`; on several the deepspeed launcher and a hostfile."""
+    run_file = str(folder / RUN_FILE)
+    if task.num_devices <= task.cluster.devices_per_node:
+        return shlex.join(["megaloom", "run", run_file, "--ranks", str(task.num_devices)])
+    program = f"pretrain.{task.model.family}"
+    return shlex.join(["deepspeed", "--hostfile", "hosts", "--module", program, run_file])
