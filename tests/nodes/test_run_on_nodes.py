@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.nodes,
     pytest.mark.skipif(WHY_NOT is not None, reason=f"needs network namespaces: {WHY_NOT}"),
 ]
-WAIT_S = 240.0
+WAIT_S = 120.0
 STEPS = 4
 
 
