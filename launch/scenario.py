@@ -4,7 +4,7 @@ A run file gives one scenario; a search makes thousands, so this is a plain froz
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from model_providers.activation_memory import RecomputeMode
 from model_providers.config import ModelConfig
@@ -48,22 +48,34 @@ class Scenario:
     def tokens_per_step(self) -> int:
         return self.global_size * self.sequence_length
 
-    @property
+    @cached_property
     def placement(self) -> Placement:
         return placement_of(self.schedule, stages=self.layout.pp, chunks=self.layout.chunks)
 
     @cached_property
     def stage_bounds(self) -> tuple[int, ...]:
         """The first layer of each virtual stage, and the number of layers; as the run itself cuts them."""
-        costs = layer_costs(self.model, self.sequence_length, target_length=self.target_length)
-        return tuple(
-            partition_by(
-                self.partition,
-                [cost.parameters for cost in costs],
-                [cost.forward_flops_per_token for cost in costs],
-                self.layout.virtual_stages,
-            )
+        return _bounds(
+            self.model,
+            self.sequence_length,
+            self.target_length,
+            self.partition,
+            self.layout.virtual_stages,
         )
+
+
+@lru_cache(maxsize=4096)
+def _bounds(
+    model: ModelConfig,
+    sequence_length: int,
+    target_length: int | None,
+    partition: str | tuple[int, ...],
+    virtual_stages: int,
+) -> tuple[int, ...]:
+    """One cut serves all scenarios of a search that differ in other things."""
+    costs = layer_costs(model, sequence_length, target_length=target_length)
+    parameters, flops = [cost.parameters for cost in costs], [cost.forward_flops_per_token for cost in costs]
+    return tuple(partition_by(partition, parameters, flops, virtual_stages))
 
 
 def scenario_of(run: Run) -> Scenario:
