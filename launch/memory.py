@@ -2,7 +2,7 @@
 
 One record for each pipeline rank.  All tensor and expert places of a stage hold the same: what is cut is cut evenly,
 the rest is whole on each, and a partition that would be uneven is padded.  Experts are counted for a balanced router.
-Bytes are those of tensors; what an allocator, CUDA's context and NCCL need comes on top (`Allowance` in estimate.py).
+Bytes are those of tensors; what an allocator, CUDA's context and NCCL need comes on top (`RESERVE_GIB` in estimate.py).
 
 The parts of a device's bytes are those of one moment, when a backward pass begins: gradients that come while it lets
 activations go count only for what they are more.
@@ -21,11 +21,12 @@ from launch.activations import (
     hidden_bytes,
     peak_activations,
 )
-from launch.model_states import VALUE_BYTES, Held, StateBytes, states
+from launch.model_states import Held, StateBytes, states
 from launch.scenario import Scenario
 from model_providers.config import ModelConfig
 from model_providers.layout import Layout
 from model_providers.tensor_shares import LayerShare, layer_shares, word_share
+from pretrain.config_rules import SPLIT_BACKWARD
 
 MAX_BUCKET_ELEMENTS = 500_000_000  # of "auto" bucket sizes, pretrain/ds_config.py
 MAX_REUSE_ELEMENTS = 1_000_000_000  # stage3_max_reuse_distance, deepspeed/runtime/zero/config.py
@@ -161,19 +162,19 @@ def gathered_elements(shares: list[LayerShare], hidden_size: int) -> int:
 def _workspace(scenario: Scenario, facts: Facts, rank: int, spans: tuple[Span, ...]) -> float:
     placement = scenario.placement
     has_loss = rank == placement.rank(placement.last) and scenario.model.electra is None
-    return _workspace_of(
-        facts, scenario.micro_size * scenario.sequence_length, spans[-1] if has_loss else None
-    )
+    is_plain = facts.recompute != "full" and len(spans) == 1 and scenario.schedule not in SPLIT_BACKWARD
+    tokens = scenario.micro_size * scenario.sequence_length
+    return _workspace_of(facts, tokens, spans[-1], has_loss, is_plain)
 
 
 @lru_cache(maxsize=1 << 14)
-def _workspace_of(facts: Facts, tokens: int, last: Span | None) -> float:
-    """``last``: the chunk that ends in the loss, if this rank has it."""
+def _workspace_of(facts: Facts, tokens: int, last: Span, has_loss: bool, is_plain: bool) -> float:
+    """``is_plain``: activations are most when the loss's backward pass begins, where the rank has the loss."""
     block = _block_workspace(facts, tokens)
-    if last is None:
+    if not has_loss:
         return block
     # When the backward pass comes to the blocks, it has let the logits go.
-    gone = tokens * chunk_activations(facts, *last).after_blocks
+    gone = tokens * chunk_activations(facts, *last).after_blocks if is_plain else 0.0
     return max(block - gone, _loss_workspace(facts, tokens))
 
 
@@ -200,8 +201,3 @@ def _block_workspace(facts: Facts, tokens: int) -> float:
 def state_bytes(scenario: Scenario, rank: int) -> StateBytes:
     """On the device, without activations: what the ZeRO paper counts."""
     return states(scenario, held_by(scenario.model, scenario.layout, spans_of(scenario, rank))).device
-
-
-def value_bytes(scenario: Scenario) -> int:
-    """Of a weight and an activation."""
-    return VALUE_BYTES[scenario.dtype]

@@ -9,7 +9,7 @@ paper's formula (Rajbhandari et al. 2020, arXiv:1910.02054, section 5) lets on:
 - stage 3 keeps its bucket, and all gradients' shards, for good; small parameters are not sharded; gathered ones stay
   until they are used again if that is near.
 
-All of it was compared with what tensors really take (tests/launch/test_memory_on_ranks.py).
+All of it was compared with what tensors really take (tests/launch/test_memory.py).
 """
 
 from collections.abc import Callable
