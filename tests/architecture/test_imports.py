@@ -48,6 +48,11 @@ WITHOUT_TORCH = (
     "pretrain.engine.schedules.check",
     "pretrain.engine.schedules.draw",
     "launch.parity",
+    "launch.scenario",
+    "launch.memory",
+    "launch.remedies",
+    "launch.estimate",
+    "model_providers.tensor_shares",
 )
 
 
