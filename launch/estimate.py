@@ -150,22 +150,16 @@ def planned_run(words: argparse.Namespace) -> Run:
     )
 
 
-OBJECTIVES: dict[str, dict[str, Any]] = {
-    "gpt": {},
-    "bert": {"objective": {"kind": "mlm"}},
-    "t5": {"objective": {"kind": "span_corruption"}},
-}
-
-
 def preset_run(name: str) -> dict[str, Any]:
     """A run file for a model alone: samples as long as it was made for, one at a time."""
     try:
         model: ModelConfig = get_preset(name)
     except ModelError as fault:
         raise RunError(f"--model: {fault}") from None
-    data = {"train": "corpus", "sequence_length": model.max_sequence_length, **OBJECTIVES[model.family]}
-    if model.attention == "prefix":
-        data["objective"] = {"kind": "prefix_lm"}
+    data: dict[str, Any] = {"train": "corpus", "sequence_length": model.max_sequence_length}
+    objective = _objective(model)
+    if objective is not None:
+        data["objective"] = objective
     return {
         "name": name,
         "model": {"preset": name},
@@ -174,6 +168,15 @@ def preset_run(name: str) -> dict[str, Any]:
         "precision": "bf16",
         "train": {"steps": 1},
     }
+
+
+def _objective(model: ModelConfig) -> dict[str, Any] | None:
+    """The one that a model was made for; None is the next token."""
+    if model.family == "bert":
+        return {"kind": "mlm", "replaced": model.electra is not None}
+    if model.family == "t5":
+        return {"kind": "span_corruption"}
+    return {"kind": "prefix_lm"} if model.attention == "prefix" else None
 
 
 # ---- what is printed
