@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from launch.scenario import Scenario
 from model_providers.layout import Layout
+from pretrain.ds_config import Buckets
 
 VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 MASTER_BYTES = 4
@@ -172,6 +173,8 @@ def _sum_format(scenario: Scenario) -> str:
 
 
 def _buckets(scenario: Scenario, held: Held, value_bytes: int, *, most: int = 2) -> int:
-    """Megaloom's JSON files overlap communication from stage 2 on."""
-    number = min(most, 2 if scenario.zero_stage >= 2 else 1)
-    return number * value_bytes * held.bucket
+    """Megaloom's JSON files overlap messages with computing from stage 2 on; DeepSpeed does not in a pipeline."""
+    buckets = scenario.buckets or Buckets(held.bucket, 2 if scenario.zero_stage >= 2 else 1)
+    if scenario.layout.pp > 1:
+        most = 1
+    return min(most, buckets.number) * value_bytes * buckets.elements

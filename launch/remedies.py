@@ -105,9 +105,9 @@ def _recompute(mode: Any) -> Edit:
 
 def _zero(stage: int, file: str, **places: Any) -> Edit:
     def edit(scenario: Scenario) -> tuple[str, Scenario] | None:
-        edited = replace(scenario, zero_stage=stage, **places)
-        is_less = stage < scenario.zero_stage or scenario.offload_optimizer != "none"
-        return None if is_less or edited == scenario else (f"deepspeed={file}", edited)
+        edited = replace(scenario, zero_stage=stage, buckets=None, **places)
+        is_as_much = stage < scenario.zero_stage or (stage == scenario.zero_stage and not places)
+        return None if is_as_much or scenario.offload_optimizer != "none" else (f"deepspeed={file}", edited)
 
     return edit
 
@@ -136,6 +136,7 @@ def _more_ranks(axis: str, factor: int) -> Edit:
             scenario,
             layout=layout.model_copy(update=update),
             num_micro_batches=scenario.num_micro_batches * factor,
+            buckets=None,
             partition=scenario.partition if axis == "tp" or isinstance(scenario.partition, str) else "cost",
         )
         return word, edited

@@ -13,7 +13,7 @@ from model_providers.layout import Layout
 from model_providers.partition import partition_by
 from pretrain.config import Dtype
 from pretrain.config_io import Run
-from pretrain.ds_config import Place, offload_place
+from pretrain.ds_config import Buckets, Place, gradient_buckets, offload_place
 from pretrain.engine.schedules.catalogue import placement_of
 from pretrain.engine.schedules.ops import Placement
 
@@ -38,6 +38,7 @@ class Scenario:
     target_length: int | None = None  # tokens of a decoder beside an encoder
     partition: str | tuple[int, ...] = "cost"
     fused: bool = True  # attention that never writes its scores
+    buckets: Buckets | None = None  # of gradients under ZeRO; None: those that Megaloom's JSON files make
 
     @property
     def global_size(self) -> int:
@@ -97,4 +98,5 @@ def scenario_of(run: Run) -> Scenario:
         offload_parameters=offload_place(run.deepspeed, "offload_param"),
         target_length=config.target_length,
         partition=config.layout.partition,
+        buckets=gradient_buckets(run.deepspeed),
     )

@@ -280,6 +280,8 @@ ORDINARY = {
 }
 # Autograd does not know of what waits for its weights' half.
 SPLIT = {"zb-h1", "zb-v"}
+# A CPU widens 16-bit matrices, which tells in so small a whole; and what waits is counted by linears alone.
+ROUGH = {"pipeline bf16 full": 0.07, "zb-v": 0.07}
 
 
 @pytest.mark.ranks
@@ -311,4 +313,4 @@ def assert_alike(members: list[tuple[Found, RankMemory]], case: str) -> None:
     if case not in SPLIT:
         assert device.activations == pytest.approx(mean("activations"), rel=0.02)
     everything = device.total + host.total
-    assert everything == pytest.approx(mean("peak"), rel=0.05)
+    assert everything == pytest.approx(mean("peak"), rel=ROUGH.get(case, 0.035))
