@@ -22,6 +22,8 @@ from pretrain.ds_config import Buckets
 VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 MASTER_BYTES = 4
 MOMENT_BYTES = 8  # Adam's two, in fp32
+SUB_GROUP_ELEMENTS = 100_000_000  # that are swapped together
+OPTIMIZER_BUFFERS, PARAMETER_BUFFERS = 4, 5  # of a sub-group, of a parameter's shard
 ALIGNMENT = 2  # elements of each copy's partition, deepspeed/runtime/zero/stage_1_and_2.py
 
 
@@ -132,7 +134,10 @@ def _partitioned(scenario: Scenario, held: Held) -> States:
 
 
 def _sharded(scenario: Scenario, held: Held) -> States:
-    """`DeepSpeedZeroOptimizer_Stage3`: a layer is whole while it computes, and near its next use."""
+    """`DeepSpeedZeroOptimizer_Stage3`: a layer is whole while it computes, and near its next use.
+
+    Swapping to NVMe takes buffers in the CPU's memory, counted as ds_configs/zero3_nvme_offload.json has them.
+    """
     size, sums = VALUE_BYTES[scenario.dtype], VALUE_BYTES[_sum_format(scenario)]
     share = shard(held, scenario.layout)
     weights = StateBytes(size * share)
@@ -150,7 +155,13 @@ def _sharded(scenario: Scenario, held: Held) -> States:
     if scenario.offload_optimizer == "none":
         device.append(gradients)
     else:  # sums over micro-batches, and once more in fp32 for the optimizer
-        cpu += [gradients, StateBytes(gradients=MASTER_BYTES * share)]
+        cpu.append(gradients)
+        place[scenario.offload_optimizer].append(StateBytes(gradients=MASTER_BYTES * share))
+    if scenario.offload_optimizer == "nvme":
+        sub_group = min(share, SUB_GROUP_ELEMENTS)
+        cpu.append(StateBytes(buffers=OPTIMIZER_BUFFERS * MASTER_BYTES * sub_group))
+    if scenario.offload_parameters == "nvme":
+        cpu.append(StateBytes(buffers=PARAMETER_BUFFERS * size * held.largest_tensor // scenario.layout.dp))
     return States(_together(device), _together(cpu), _together(nvme))
 
 
