@@ -212,13 +212,15 @@ def memory_table(estimate: Estimate) -> Table:
     """GiB of one rank of each stage."""
     has_host = any(rank.cpu.total or rank.nvme.total for rank in estimate.memory.ranks)
     host = ["CPU", "NVMe"] if has_host else []
-    table = Table("stage", "layers", *KINDS, "device", *host, title="GiB on each rank, by pipeline stage")
+    table = Table("stage", "layers", *KINDS, "at once", *host, title="GiB on each rank, by pipeline stage")
     heaviest = estimate.memory.heaviest.stage
     for rank in estimate.memory.ranks:
         mark = "[bold]" if rank.stage == heaviest else ""
-        row = [*(_gib(size) for size in rank.device), f"{mark}{_gib(rank.device.total)}"]
+        row = [*(_gib(getattr(rank.device, kind)) for kind in KINDS), f"{mark}{_gib(rank.device.total)}"]
         row += [_gib(rank.cpu.total), _gib(rank.nvme.total)] if has_host else []
         table.add_row(str(rank.stage), _layers(rank), *row)
+    if any(rank.device.not_together for rank in estimate.memory.ranks):
+        table.caption = "at once: some gradients come as activations go, so it is less than the sum"
     return table
 
 

@@ -3,9 +3,6 @@
 One record for each pipeline rank.  All tensor and expert places of a stage hold the same: what is cut is cut evenly,
 the rest is whole on each, and a partition that would be uneven is padded.  Experts are counted for a balanced router.
 Bytes are those of tensors; what an allocator, CUDA's context and NCCL need comes on top (`RESERVE_GIB` in estimate.py).
-
-The parts of a device's bytes are those of one moment, when a backward pass begins: gradients that come while it lets
-activations go count only for what they are more.
 """
 
 from collections.abc import Iterator
@@ -18,7 +15,6 @@ from launch.activations import (
     Span,
     chunk_activations,
     facts_of,
-    hidden_bytes,
     peak_activations,
 )
 from launch.model_states import Held, StateBytes, states
@@ -35,16 +31,20 @@ LOSS_BYTES = 4  # of a logit in the loss, model_providers/losses.py
 
 
 class DeviceBytes(NamedTuple):
+    """Each kind at its most, and how much of them is never there together."""
+
     parameters: int
     gradients: int
     optimizer: int
     activations: int
     buffers: int  # through which gradients and gathered weights pass
     workspace: int  # about, of the operation that needs most: fp32 logits, gradients of activations
+    not_together: int  # gradients that come as a backward pass lets activations go
 
     @property
     def total(self) -> int:
-        return sum(self)
+        """At the worst moment."""
+        return sum(self[:-1]) - self.not_together
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,12 @@ def rank_memory(scenario: Scenario, rank: int) -> RankMemory:
     kept, peak = states(scenario, held), peak_activations(scenario, facts, rank, spans)
     device = DeviceBytes(
         parameters=kept.device.parameters,
-        gradients=kept.device.gradients + max(0, kept.passing - round(peak.freed)),
+        gradients=kept.device.gradients + kept.passing,
         optimizer=kept.device.optimizer,
         activations=round(peak.activations),
         buffers=kept.device.buffers + round(peak.messages),
         workspace=round(_workspace(scenario, facts, rank, spans)),
+        not_together=min(kept.passing, round(peak.freed)),
     )
     return RankMemory(rank, spans, held.all, device, kept.cpu, kept.nvme)
 
@@ -184,7 +185,10 @@ def _loss_workspace(facts: Facts, tokens: int) -> float:
     """
     rows = tokens if facts.target_length is None else tokens // facts.sequence_length * facts.target_length
     wide = LOSS_BYTES * rows * facts.model.padded_vocab_size / facts.tp
-    gradients = facts.bytes_per_value * word_share(facts.model, facts.tp) + rows * hidden_bytes(facts)
+    hidden = (
+        rows * facts.bytes_per_value * facts.model.hidden_size
+    )  # of all tokens, and what is summed over tp
+    gradients = facts.bytes_per_value * word_share(facts.model, facts.tp) + hidden * min(2, facts.tp)
     return max(wide, gradients)
 
 

@@ -116,7 +116,9 @@ def _partitioned(scenario: Scenario, held: Held) -> States:
     is_compact = (
         sums > size
     )  # 16-bit gradients are summed into a flat fp32 partition, which stays on the device
-    gradients, pass_ = sums * share if is_compact or not is_offloaded else 0, 0
+    gradients, pass_ = sums * share if is_compact else 0, 0
+    if not is_offloaded:
+        gradients, pass_ = _by_stay(scenario, sums * share)
     if scenario.zero_stage == 1:
         gradients, pass_ = _by_stay(scenario, sums * held.all)
         gradients += sums * share if is_compact else 0

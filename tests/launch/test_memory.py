@@ -194,6 +194,7 @@ SIZES: dict[str, Any] = {
     "batch": {"micro_size": 2, "accumulation_steps": 2},
 }
 WAVES = {"micro_size": 2, "accumulation_steps": 4}
+ALONE = {"micro_size": 2, "accumulation_steps": 1}
 BF16_SUMS = {"dtype": "bf16", "accumulate": "bf16"}
 T5 = {
     "model__num_kv_heads": None,
@@ -223,6 +224,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "zero2": (2, {"deepspeed": "zero2.json"}),
     "zero2 bf16": (2, {"deepspeed": "zero2.json", "precision": "bf16"}),
     "zero2 bf16 sums": (2, {"deepspeed": "zero2.json", "precision": BF16_SUMS}),
+    "zero1 one micro-batch": (2, {"precision": "bf16", "batch": ALONE}),
+    "zero2 one micro-batch": (2, {"deepspeed": "zero2.json", "batch": ALONE}),
     "zero3": (2, {"deepspeed": "zero3.json"}),
     "zero3 bf16": (2, {"deepspeed": "zero3.json", "precision": "bf16"}),
     "zero2 offload": (2, {"deepspeed": "zero2_cpu_offload.json", "precision": "bf16"}),
@@ -307,10 +310,8 @@ def assert_alike(members: list[tuple[Found, RankMemory]], case: str) -> None:
     assert device.parameters + host.parameters == pytest.approx(mean("parameters"), rel=0.02)
     assert device.optimizer + host.optimizer == pytest.approx(mean("optimizer"), rel=0.02)
     passing = 2 * planned.num_parameters if "pipeline bf16" in case else 0  # let go before anyone looks
-    gradients = device.gradients + host.gradients
-    if case != "gpipe":  # they come when the activations are half gone
-        assert mean("gradients") * 0.98 <= gradients <= mean("gradients") * 1.02 + passing
+    assert device.gradients + host.gradients - passing == pytest.approx(mean("gradients"), rel=0.02)
     if case not in SPLIT:
         assert device.activations == pytest.approx(mean("activations"), rel=0.02)
     everything = device.total + host.total
-    assert everything == pytest.approx(mean("peak"), rel=ROUGH.get(case, 0.035))
+    assert everything == pytest.approx(mean("peak"), rel=ROUGH.get(case, 0.05))
