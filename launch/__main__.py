@@ -34,6 +34,9 @@ COMMANDS = {
     "run": Command(
         "launch.run", "check a run file, then train it through the deepspeed launcher on this machine"
     ),
+    "estimate": Command(
+        "launch.estimate", "what a run takes of each rank's memory, and which edits would make it fit"
+    ),
     "parity": Command(
         "launch.parity", "train a run file's model in its layout and in one process, and compare"
     ),

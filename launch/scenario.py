@@ -4,7 +4,7 @@ A run file gives one scenario; a search makes thousands, so this is a plain froz
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from model_providers.activation_memory import RecomputeMode
 from model_providers.config import ModelConfig
@@ -13,7 +13,7 @@ from model_providers.layout import Layout
 from model_providers.partition import partition_by
 from pretrain.config import Dtype
 from pretrain.config_io import Run
-from pretrain.ds_config import Place, offload_place
+from pretrain.ds_config import Buckets, Place, gradient_buckets, offload_place
 from pretrain.engine.schedules.catalogue import placement_of
 from pretrain.engine.schedules.ops import Placement
 
@@ -38,6 +38,7 @@ class Scenario:
     target_length: int | None = None  # tokens of a decoder beside an encoder
     partition: str | tuple[int, ...] = "cost"
     fused: bool = True  # attention that never writes its scores
+    buckets: Buckets | None = None  # of gradients under ZeRO; None: those that Megaloom's JSON files make
 
     @property
     def global_size(self) -> int:
@@ -48,22 +49,34 @@ class Scenario:
     def tokens_per_step(self) -> int:
         return self.global_size * self.sequence_length
 
-    @property
+    @cached_property
     def placement(self) -> Placement:
         return placement_of(self.schedule, stages=self.layout.pp, chunks=self.layout.chunks)
 
     @cached_property
     def stage_bounds(self) -> tuple[int, ...]:
         """The first layer of each virtual stage, and the number of layers; as the run itself cuts them."""
-        costs = layer_costs(self.model, self.sequence_length, target_length=self.target_length)
-        return tuple(
-            partition_by(
-                self.partition,
-                [cost.parameters for cost in costs],
-                [cost.forward_flops_per_token for cost in costs],
-                self.layout.virtual_stages,
-            )
+        return _bounds(
+            self.model,
+            self.sequence_length,
+            self.target_length,
+            self.partition,
+            self.layout.virtual_stages,
         )
+
+
+@lru_cache(maxsize=4096)
+def _bounds(
+    model: ModelConfig,
+    sequence_length: int,
+    target_length: int | None,
+    partition: str | tuple[int, ...],
+    virtual_stages: int,
+) -> tuple[int, ...]:
+    """One cut serves all scenarios of a search that differ in other things."""
+    costs = layer_costs(model, sequence_length, target_length=target_length)
+    parameters, flops = [cost.parameters for cost in costs], [cost.forward_flops_per_token for cost in costs]
+    return tuple(partition_by(partition, parameters, flops, virtual_stages))
 
 
 def scenario_of(run: Run) -> Scenario:
@@ -85,4 +98,5 @@ def scenario_of(run: Run) -> Scenario:
         offload_parameters=offload_place(run.deepspeed, "offload_param"),
         target_length=config.target_length,
         partition=config.layout.partition,
+        buckets=gradient_buckets(run.deepspeed),
     )

@@ -62,7 +62,9 @@ class ActivationMemory(NamedTuple):
         """Of a decoder's attention to an encoder, for each of its own tokens: a norm, queries, and what came out."""
         if self.recompute == "full":
             return 0.0
-        m, core = self.model, 0.0 if self.recompute == "selective" else self._core_attention()
+        m, core = self.model, 0.0
+        if self.recompute != "selective":  # without a bias: fused, and its output is the projection's input
+            core = 4 * m.num_attention_heads if self.fused else self._core_attention()
         norm = 2 * self.bytes_per_value * m.hidden_size + self._statistics()
         return norm / self._shards() + (2 * self.bytes_per_value * m.query_width + core) / self.tp
 
@@ -157,12 +159,10 @@ class ActivationMemory(NamedTuple):
     def _core_attention(self) -> float:
         """5 a s in the paper: scores, probabilities, a mask.  Fused: its output, a log-sum-exp for each head."""
         m = self.model
-        if (
-            self.fused and m.position_embedding == "relative"
-        ):  # a bias with a gradient leaves the fused kernel
-            return 2 * self.bytes_per_value * m.num_attention_heads * self.sequence_length + (
-                self.bytes_per_value * m.query_width
-            )
+        if self.fused and m.position_embedding == "relative":
+            # A bias with a gradient leaves the fused kernel: probabilities stay, and what comes out is the
+            # projection's input.
+            return self.bytes_per_value * m.num_attention_heads * self.sequence_length
         if self.fused:
             return self.bytes_per_value * m.query_width + 4 * m.num_attention_heads
         dropped = (1 + self.bytes_per_value) * self._mask(m.attention_dropout)

@@ -97,12 +97,40 @@ class Run:
 
 
 def load_run(
-    path: str | Path, words: Sequence[str] = (), *, world_size: int, deepspeed_config: str | None = None
+    path: str | Path,
+    words: Sequence[str] = (),
+    *,
+    world_size: int,
+    deepspeed_config: str | None = None,
+    is_planned: bool = False,
 ) -> Run:
-    """Read and check a run; raises `RunError` with every fault that was found."""
+    """Read and check a run; raises `RunError` with every fault that was found.
+
+    ``is_planned``: it will run elsewhere, so nothing is asked of this machine: no corpus, no folder, no checkpoint.
+    """
     path = Path(path)
-    raw = spelled_out(read_yaml(path))
-    origins = {key: path.name for key, _ in leaves(raw)}
+    return run_with(
+        read_yaml(path),
+        words,
+        world_size=world_size,
+        run_name=path.name,
+        deepspeed_config=deepspeed_config,
+        is_planned=is_planned,
+    )
+
+
+def run_with(
+    raw: dict[str, Any],
+    words: Sequence[str],
+    *,
+    world_size: int,
+    run_name: str,
+    deepspeed_config: str | None = None,
+    is_planned: bool = False,
+) -> Run:
+    """A checked `Run` from a plain nested dict and `key=value` words that go before it."""
+    raw = spelled_out(raw)
+    origins = {key: run_name for key, _ in leaves(raw)}
     for key, value in parse_words(words):
         try:
             put(raw, key, value)
@@ -116,7 +144,7 @@ def load_run(
     if deepspeed_config is not None:
         raw["deepspeed"] = deepspeed_config
         origins["deepspeed"] = "command line"
-    return make_run(raw, world_size=world_size, run_name=path.name, origins=origins)
+    return make_run(raw, world_size=world_size, run_name=run_name, origins=origins, is_planned=is_planned)
 
 
 def make_run(
@@ -125,6 +153,7 @@ def make_run(
     world_size: int,
     run_name: str = "run file",
     origins: Mapping[str, str] | None = None,
+    is_planned: bool = False,
 ) -> Run:
     """A checked `Run` from a plain nested dict."""
     raw = spelled_out(raw)
@@ -135,14 +164,16 @@ def make_run(
     known |= dict.fromkeys(reading.taken, json_path.name)
     _expand_preset(reading.run, known)
     config = _validate(reading.run, reading.faults)
-    config = _with_vocabulary(config, reading.faults, known)
+    if not is_planned or config.model.vocab_size is None:
+        way_out = "; or set model.vocab_size" if is_planned else ""
+        config = _with_vocabulary(config, reading.faults, known, way_out=way_out)
     layout, batch = config_rules.sizes(config, world_size, reading.faults)
     if reading.faults:
         raise RunError(_told_together(reading.faults))
     assert layout is not None and batch is not None
     facts = _facts(config, layout, batch)
     run = Run(config, ds_config.complete(document, facts), layout, known)
-    faults = config_rules.faults(run)
+    faults = config_rules.faults(run, is_planned=is_planned)
     if faults:
         raise RunError(_told_together(faults))
     return run
@@ -195,13 +226,15 @@ def _validate(raw: dict[str, Any], faults: list[str]) -> RunConfig:
     return config
 
 
-def _with_vocabulary(config: RunConfig, faults: list[str], origins: dict[str, str]) -> RunConfig:
+def _with_vocabulary(
+    config: RunConfig, faults: list[str], origins: dict[str, str], *, way_out: str = ""
+) -> RunConfig:
     """The tokenizer's vocabulary where the model states none; a model too small for it is a fault."""
     corpus = config.data.train[0].path
     try:
         size = _tokenizer_size(config)
     except DataError as fault:
-        faults.append(f"data: {fault}")
+        faults.append(f"data: {fault}{way_out}")
         return config
     stated = config.model.vocab_size
     if stated is None:

@@ -71,12 +71,16 @@ def sizes(config: RunConfig, world_size: int, found: list[str]) -> tuple[Layout 
     return whole, batch
 
 
-def faults(run: "Run") -> list[str]:
-    """Everything that is wrong with a run, in the order of the rules."""
+def faults(run: "Run", *, is_planned: bool = False) -> list[str]:
+    """Everything that is wrong with a run, in the order of the rules.
+
+    ``is_planned``: it will run elsewhere, and folders need not be here.
+    """
     found = layout_problems(
         run.config.model, run.layout, run.config.data.sequence_length, run.config.target_length
     )
-    return found + [sentence for rule in RULES if (sentence := rule(run)) is not None]
+    rules = [rule for rule in RULES if not (is_planned and rule in RULES_OF_THIS_MACHINE)]
+    return found + [sentence for rule in rules if (sentence := rule(run)) is not None]
 
 
 def device_faults(run: "Run", device_type: str) -> list[str]:
@@ -344,4 +348,9 @@ RULES: tuple[Rule, ...] = (
     *EXPERT_RULES,
     *OBJECTIVE_RULES,
     *OPTIMIZER_RULES,
+)
+RULES_OF_THIS_MACHINE: tuple[Rule, ...] = (
+    nvme_needs_a_folder,
+    checkpoints_to_begin_from_are_there,
+    output_folder_can_be_made,
 )

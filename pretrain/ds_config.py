@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from pretrain.ds_schema import key_faults
 from pretrain.errors import RunError
@@ -290,6 +290,22 @@ def offload_place(
 ) -> Place:
     """Where optimizer states or parameters live."""
     return cast(Place, get(dict(document), f"zero_optimization.{section}.device") or "none")
+
+
+class Buckets(NamedTuple):
+    """Through which ZeRO's gradients pass on their way to other ranks."""
+
+    elements: int
+    number: int  # two where messages overlap with computing, none where gradients are not copied together
+
+
+def gradient_buckets(document: Mapping[str, Any]) -> Buckets:
+    """Of a complete JSON, with DeepSpeed's defaults (deepspeed/runtime/zero/config.py)."""
+    zero = document["zero_optimization"]
+    if not zero.get("contiguous_gradients", True) and not optimizer_is_offloaded(dict(document)):
+        return Buckets(0, 0)
+    overlaps = zero.get("overlap_comm", zero["stage"] == 3)
+    return Buckets(int(zero.get("reduce_bucket_size", MAX_BUCKET_ELEMENTS)), 2 if overlaps else 1)
 
 
 def _section(document: dict[str, Any], key: str) -> dict[str, Any]:

@@ -63,6 +63,11 @@ WITHOUT_TORCH = (
     "launch.stage_time",
     "launch.state_time",
     "launch.step_time",
+    "launch.scenario",
+    "launch.memory",
+    "launch.remedies",
+    "launch.estimate",
+    "model_providers.tensor_shares",
 )
 
 

@@ -14,7 +14,7 @@ from model_providers.cost import (
     train_flops_per_token,
 )
 from model_providers.errors import ModelError
-from model_providers.layer_plan import Recompute
+from model_providers.layer_plan import Recompute, T5Inputs
 from model_providers.presets import get_preset
 from model_providers.random_streams import seed_streams
 from tests.model_providers.plans import build, gpt2_like, llama_like
@@ -170,6 +170,36 @@ def test_activation_bytes_are_what_autograd_stores(
 ) -> None:
     found, planned = stored_bytes_per_token(model, dtype, recompute)
     assert found == planned
+
+
+@pytest.mark.parametrize("name", ["t5", "t5 1.1, rotary"])
+def test_activation_bytes_of_two_stacks_are_those_of_their_layers(name: str) -> None:
+    """A relative bias comes with a table of places, and what the encoder made is there once: neither is any layer's."""
+    seed_streams(1)
+    model, length, size = STACKS[name], 32, 2
+    built = build(model, sequence_length=length, target_length=16)
+    seen = {parameter.data_ptr(): 0 for parameter in built.layers.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen and tensor.numel() > 1:
+            seen[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)  # or its place would be another's
+        return tensor
+
+    kept: list[torch.Tensor] = []
+    value: Any = T5Inputs(torch.randint(0, 100, (size, length)), torch.randint(0, 100, (size, 16)))
+    for layer, module in zip(built.plan.layers[:-1], list(built.layers.values())[:-1], strict=True):
+        before = sum(seen.values())
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            value = module(value)
+        found = (sum(seen.values()) - before) / (length * size)
+        once = 0
+        if layer.name in ("encoder.0", "decoder.0") and model.position_embedding == "relative":
+            once = 8 * (length if layer.name == "encoder.0" else 16 * 16 // length) // size
+        if layer.name == "decoder.0":
+            once += 4 * model.hidden_size
+        assert layer.cost.activation_bytes_per_token == pytest.approx(found - once, rel=0.01), layer.name
 
 
 @pytest.mark.parametrize("model", MIXES_IN_ROUTING.values(), ids=MIXES_IN_ROUTING)

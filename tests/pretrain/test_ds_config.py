@@ -18,7 +18,7 @@ from deepspeed.runtime.zero.offload_config import (
 
 from model_providers.cost import parameters
 from pretrain import ds_schema
-from pretrain.ds_config import AUTO
+from pretrain.ds_config import AUTO, Buckets, gradient_buckets
 from pretrain.errors import RunError
 from pretrain.nested import leaves
 from tests.runs import checked, tiny
@@ -245,3 +245,19 @@ ODD = {
     "model__position_embedding": "none",
     "model__pad_vocab_to_multiple_of": 257,
 }
+
+
+@pytest.mark.parametrize(
+    ("zero", "buckets"),
+    [
+        ({"stage": 1, "reduce_bucket_size": 1000}, Buckets(1000, 1)),
+        ({"stage": 2, "reduce_bucket_size": 1000, "overlap_comm": True}, Buckets(1000, 2)),
+        ({"stage": 3, "reduce_bucket_size": 1000}, Buckets(1000, 2)),
+        ({"stage": 1}, Buckets(500_000_000, 1)),
+        ({"stage": 2, "contiguous_gradients": False}, Buckets(0, 0)),
+    ],
+)
+def test_buckets_of_gradients_are_those_that_deepspeed_makes(
+    with_json: Any, zero: dict[str, Any], buckets: Buckets
+) -> None:
+    assert gradient_buckets(with_json({"zero_optimization": zero}).deepspeed) == buckets

@@ -1,0 +1,246 @@
+"""Bytes of activations on one rank: what its layers keep of a micro-batch, times those under way at the worst moment.
+
+The worst moment is looked for in the schedule itself: before each backward pass, every chunk has some micro-batches'
+activations, and under full recompute one group of layers is about to come back.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+from launch.model_states import VALUE_BYTES
+from launch.scenario import Scenario
+from model_providers.activation_memory import RecomputeMode
+from model_providers.config import ModelConfig
+from model_providers.cost import layer_costs
+from model_providers.tensor_shares import LayerShare, layer_shares
+from pretrain.engine.schedules.catalogue import make_schedule, placement_of
+from pretrain.engine.schedules.ops import Kind, Order
+
+Span = tuple[int, int]  # layers of one chunk: the first, and the one after the last
+WAVES = 4  # micro-batches for each virtual stage
+
+
+class ChunkActivations(NamedTuple):
+    """Bytes per token of one run of layers, for one micro-batch."""
+
+    kept: float  # from its forward pass to its backward pass
+    again: float  # more, while the backward pass computes a group of layers again
+    waiting: float  # after the first half of a backward pass, until weight gradients are computed
+    after_blocks: float  # of ``kept``: what the backward pass lets go before it comes to the last block
+
+
+class Moment(NamedTuple):
+    """Before a backward pass: its chunk, and by chunk the micro-batches kept, and those whose weights' half waits."""
+
+    chunk: int | None  # None: before such a half
+    kept: tuple[int, ...]
+    waiting: tuple[int, ...]
+
+
+class Facts(NamedTuple):
+    """What activations depend on, and nothing else: keys of a cache."""
+
+    model: ModelConfig
+    sequence_length: int
+    target_length: int | None
+    recompute: RecomputeMode
+    every: int
+    tp: int
+    etp: int
+    sequence_parallel: bool
+    bytes_per_value: int
+    fused: bool
+
+
+def facts_of(scenario: Scenario) -> Facts:
+    layout = scenario.layout
+    return Facts(
+        scenario.model,
+        scenario.sequence_length,
+        scenario.target_length,
+        scenario.recompute,
+        scenario.recompute_every,
+        layout.tp,
+        layout.expert_tp,
+        layout.shards_sequence,
+        VALUE_BYTES[scenario.dtype],
+        scenario.fused,
+    )
+
+
+class Peak(NamedTuple):
+    """Of one rank, at its worst moment: bytes, or bytes per token of a micro-batch."""
+
+    activations: float
+    messages: float  # outputs that stay until their gradient comes
+    freed: float  # by the backward pass of a micro-batch through the smallest chunk
+
+
+def peak_activations(scenario: Scenario, facts: Facts, rank: int, spans: tuple[Span, ...]) -> Peak:
+    """The most at once on pipeline rank ``rank``, whose chunks are ``spans``."""
+    tokens = scenario.micro_size * scenario.sequence_length
+    way = Way(scenario.schedule, scenario.layout.pp, scenario.layout.chunks, scenario.num_micro_batches)
+    activations, messages, freed = _peak_per_token(facts, way.as_far_as_it_matters(), rank, spans)
+    return Peak(tokens * activations, tokens * messages, tokens * freed)
+
+
+class Way(NamedTuple):
+    """How micro-batches go through a pipeline."""
+
+    schedule: str
+    stages: int
+    chunks: int
+    num_micro_batches: int
+
+    def as_far_as_it_matters(self) -> "Way":
+        """No schedule but GPipe holds more after some waves."""
+        if self.stages == 1:
+            return self._replace(num_micro_batches=1)
+        if self.schedule == "gpipe":
+            return self
+        return self._replace(num_micro_batches=min(self.num_micro_batches, WAVES * self.stages * self.chunks))
+
+
+@lru_cache(maxsize=1 << 16)
+def _peak_per_token(facts: Facts, way: Way, rank: int, spans: tuple[Span, ...]) -> Peak:
+    chunks = [chunk_activations(facts, *span) for span in spans]
+    moments = worst_moments(way, by_chunk=facts.recompute == "full")[rank]
+    activations, worst = max((_bytes_per_token(moment, chunks), moment) for moment in moments)
+    handed = sum(
+        number for number, hands_over in zip(worst.kept, _hands_over(way, rank), strict=True) if hands_over
+    )
+    return Peak(activations, handed * hidden_bytes(facts), min(chunk.kept for chunk in chunks))
+
+
+def _bytes_per_token(moment: Moment, chunks: Sequence[ChunkActivations]) -> float:
+    total = chunks[moment.chunk].again if moment.chunk is not None else 0.0
+    for kept, waiting, chunk in zip(moment.kept, moment.waiting, chunks, strict=True):
+        total += kept * chunk.kept + waiting * chunk.waiting
+    return total
+
+
+def _hands_over(way: Way, rank: int) -> list[bool]:
+    """By chunk, whether what it makes goes to another rank; else it is the next chunk's input."""
+    placement = placement_of(way.schedule, stages=way.stages, chunks=way.chunks)
+    stages = [placement.virtual_stage(rank, chunk) for chunk in range(way.chunks)]
+    return [stage < placement.last and placement.rank(stage + 1) != rank for stage in stages]
+
+
+@lru_cache(maxsize=1 << 16)
+def chunk_activations(facts: Facts, start: int, stop: int) -> ChunkActivations:
+    """Of the layers from ``start`` to before ``stop``."""
+    costs, plain = _kept_by_layer(facts), _kept_by_layer(facts._replace(recompute="none"))
+    shares = layer_shares(facts.model)
+    is_full = facts.recompute == "full"
+    bounds = groups(shares, start, stop, every=facts.every if is_full else 1)
+    inputs = {first for first, _ in bounds}  # under full recompute, of a group its input alone
+    kept, up_to = 0.0, {}
+    for index in range(start, stop):
+        up_to[index] = kept
+        if index in inputs or not shares[index].is_checkpointable:
+            kept += costs[index]
+    memory = _memory(facts, start, stop)
+    again = max((up_to[first] + sum(plain[first:last]) - kept for first, last in bounds), default=0.0)
+    last_block = bounds[-1][1] if bounds else start
+    return ChunkActivations(
+        kept=kept + memory,
+        again=max(0.0, again) if is_full else 0.0,
+        waiting=_waiting(facts, start, stop),
+        after_blocks=sum(costs[last_block:stop]),
+    )
+
+
+def groups(shares: tuple[LayerShare, ...], start: int, stop: int, *, every: int) -> list[tuple[int, int]]:
+    """Bounds of groups of layers that are computed again together, as engine/layers.py cuts them."""
+    found: list[tuple[int, int]] = []
+    for index in range(start, stop):
+        if not shares[index].is_checkpointable:
+            continue
+        first, last = found[-1] if found else (index, -1)
+        if last == index and index - first < every:
+            found[-1] = (first, index + 1)
+        else:
+            found.append((index, index + 1))
+    return found
+
+
+def hidden_bytes(facts: Facts) -> float:
+    """What flows between layers, per token."""
+    return facts.bytes_per_value * facts.model.hidden_size / (facts.tp if facts.sequence_parallel else 1)
+
+
+def _memory(facts: Facts, start: int, stop: int) -> float:
+    """What an encoder made, which every layer of a decoder on this rank reads: there once."""
+    if facts.model.t5 is None or stop <= facts.model.t5.num_encoder_layers + 3:
+        return 0.0
+    return hidden_bytes(facts)
+
+
+def _waiting(facts: Facts, start: int, stop: int) -> float:
+    """Of each linear its input and its output's gradient (model_providers/weight_gradients.py)."""
+    m, size = facts.model, facts.bytes_per_value
+    if m.moe is not None or m.mla is not None or m.family != "gpt":
+        return sum(_kept_by_layer(facts)[start:stop])  # not looked at apart: as much as was kept
+    fc1 = (2 if m.is_gated else 1) * m.ffn_width
+    inside = 2 * m.query_width + 2 * m.kv_width + m.ffn_width + fc1
+    block = size * inside / facts.tp + 4 * hidden_bytes(facts)
+    number = sum(share.is_checkpointable for share in layer_shares(m)[start:stop])
+    head = size * m.padded_vocab_size / facts.tp + hidden_bytes(facts) if stop == m.num_plan_layers else 0.0
+    return number * block + head
+
+
+@lru_cache(maxsize=4096)
+def _kept_by_layer(facts: Facts) -> tuple[float, ...]:
+    costs = layer_costs(
+        facts.model,
+        facts.sequence_length,
+        target_length=facts.target_length,
+        recompute=facts.recompute,
+        tp=facts.tp,
+        etp=facts.etp,
+        sequence_parallel=facts.sequence_parallel,
+        bytes_per_value=facts.bytes_per_value,
+        fused=facts.fused,
+    )
+    return tuple(cost.activation_bytes_per_token for cost in costs)
+
+
+@lru_cache(maxsize=4096)
+def worst_moments(way: Way, *, by_chunk: bool) -> tuple[tuple[Moment, ...], ...]:
+    """By rank, those at which no other holds as much of every chunk; ``by_chunk``: whose backward pass, matters."""
+    schedule, stages, chunks, num_micro_batches = way
+    if stages == 1:
+        return ((Moment(0, (1,), (0,)),),)
+    if schedule == "gpipe":
+        return ((Moment(0, (num_micro_batches,), (0,)),),) * stages
+    plan = make_schedule(schedule, stages=stages, chunks=chunks, num_micro_batches=num_micro_batches)
+    return tuple(_undominated(_moments(order, chunks, by_chunk=by_chunk)) for order in plan.orders)
+
+
+def _moments(order: Order, chunks: int, *, by_chunk: bool) -> set[Moment]:
+    splits = any(op.kind == Kind.WEIGHT for op in order)
+    kept, waiting = [0] * chunks, [0] * chunks
+    found = set()
+    for op in order:
+        if op.kind == Kind.FORWARD:
+            kept[op.chunk] += 1
+            continue
+        is_half = op.kind == Kind.WEIGHT
+        found.add(Moment(op.chunk if by_chunk and not is_half else None, tuple(kept), tuple(waiting)))
+        if is_half:
+            waiting[op.chunk] -= 1
+        else:
+            kept[op.chunk] -= 1
+            waiting[op.chunk] += splits
+    return found
+
+
+def _undominated(moments: set[Moment]) -> tuple[Moment, ...]:
+    """Without those that another of the same chunk covers."""
+
+    def covers(one: Moment, other: Moment) -> bool:
+        held = zip((*one.kept, *one.waiting), (*other.kept, *other.waiting), strict=True)
+        return one != other and one.chunk == other.chunk and all(a >= b for a, b in held)
+
+    return tuple(moment for moment in moments if not any(covers(other, moment) for other in moments))

@@ -1,0 +1,159 @@
+"""Which edits of a run make it fit a device's memory: single ones first, then pairs, cheap ones before dear ones.
+
+Each keeps the samples of a step.  What an edit costs in time is for whoever joins this with a model of time.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any
+
+from launch.memory import memory
+from launch.scenario import Scenario
+from model_providers.errors import ModelError
+from model_providers.layout import layout_problems
+from pretrain.engine.schedules.catalogue import schedule_fault
+
+MOST_TOLD = 3
+MOST_TP = 8  # ranks that share one machine's fast links
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """One or two edits, and the heaviest rank's bytes with them."""
+
+    words: tuple[str, ...]  # as a user writes them
+    scenario: Scenario
+    device_bytes: int
+
+
+Edit = Callable[[Scenario], tuple[str, Scenario] | None]
+
+
+def remedies(scenario: Scenario, limit_bytes: float) -> list[Remedy]:
+    """The first few that fit; pairs only where no single edit does."""
+    singles = [found for edit in EDITS if (found := edit(scenario)) is not None and is_legal(found[1])]
+    fitting = [one for one in (_tried((word,), edited) for word, edited in singles) if one is not None]
+    fitting = [one for one in fitting if one.device_bytes <= limit_bytes]
+    if not fitting:
+        fitting = [one for one in _pairs(scenario) if one.device_bytes <= limit_bytes]
+    return fitting[:MOST_TOLD]
+
+
+def _pairs(scenario: Scenario) -> Iterator[Remedy]:
+    for first, second in combinations(EDITS, 2):
+        once = first(scenario)
+        twice = None if once is None else second(once[1])
+        if once is None or twice is None or not is_legal(twice[1]):
+            continue
+        found = _tried((once[0], twice[0]), twice[1])
+        if found is not None:
+            yield found
+
+
+def _tried(words: tuple[str, ...], edited: Scenario) -> Remedy | None:
+    try:
+        return Remedy(words, edited, memory(edited).heaviest.device.total)
+    except ModelError:  # a partition that was given for another number of stages
+        return None
+
+
+def is_legal(scenario: Scenario) -> bool:
+    """Whether a run could be like this, as pretrain/config_rules.py judges."""
+    layout = scenario.layout
+    if layout_problems(scenario.model, layout, scenario.sequence_length, scenario.target_length):
+        return False
+    is_pipeline = layout.pp > 1
+    if is_pipeline and (scenario.zero_stage == 3 or scenario.offload_parameters != "none"):
+        return False
+    if is_pipeline and scenario.zero_stage == 2 and scenario.model.tie_embeddings:
+        return False
+    if is_pipeline and scenario.zero_stage == 2 and scenario.offload_optimizer != "none":
+        return False
+    if scenario.recompute == "selective" and scenario.model.position_embedding == "relative":
+        return False
+    return not is_pipeline or (
+        schedule_fault(
+            scenario.schedule,
+            stages=layout.pp,
+            chunks=layout.chunks,
+            num_micro_batches=scenario.num_micro_batches,
+        )
+        is None
+    )
+
+
+def _sequence_parallel(scenario: Scenario) -> tuple[str, Scenario] | None:
+    layout = scenario.layout
+    if layout.tp == 1 or layout.sequence_parallel:
+        return None
+    return "layout.sequence_parallel=true", replace(
+        scenario, layout=layout.model_copy(update={"sequence_parallel": True})
+    )
+
+
+def _recompute(mode: Any) -> Edit:
+    order = ("none", "selective", "full")
+
+    def edit(scenario: Scenario) -> tuple[str, Scenario] | None:
+        if order.index(scenario.recompute) >= order.index(mode):
+            return None
+        return f"recompute={mode}", replace(scenario, recompute=mode, recompute_every=1)
+
+    return edit
+
+
+def _zero(stage: int, file: str, **places: Any) -> Edit:
+    def edit(scenario: Scenario) -> tuple[str, Scenario] | None:
+        edited = replace(scenario, zero_stage=stage, buckets=None, **places)
+        is_as_much = stage < scenario.zero_stage or (stage == scenario.zero_stage and not places)
+        return None if is_as_much or scenario.offload_optimizer != "none" else (f"deepspeed={file}", edited)
+
+    return edit
+
+
+def _smaller_micro_batch(scenario: Scenario) -> tuple[str, Scenario] | None:
+    if scenario.micro_size == 1:
+        return None
+    batches = scenario.num_micro_batches * scenario.micro_size
+    return "batch.micro_size=1", replace(scenario, micro_size=1, num_micro_batches=batches)
+
+
+def _more_ranks(axis: str, factor: int) -> Edit:
+    """``factor`` times as many ranks share a model, so there are fewer copies of it."""
+
+    def edit(scenario: Scenario) -> tuple[str, Scenario] | None:
+        layout = scenario.layout
+        size = getattr(layout, axis) * factor
+        if layout.dp % factor or (axis == "tp" and size > MOST_TP):
+            return None
+        update = {axis: size, "dp": layout.dp // factor}
+        word = f"layout.{axis}={size}"
+        if axis == "tp" and not layout.sequence_parallel:
+            update["sequence_parallel"] = True
+            word += " layout.sequence_parallel=true"
+        edited = replace(
+            scenario,
+            layout=layout.model_copy(update=update),
+            num_micro_batches=scenario.num_micro_batches * factor,
+            buckets=None,
+            partition=scenario.partition if axis == "tp" or isinstance(scenario.partition, str) else "cost",
+        )
+        return word, edited
+
+    return edit
+
+
+EDITS: tuple[Edit, ...] = (
+    _sequence_parallel,
+    _smaller_micro_batch,
+    _recompute("selective"),
+    _zero(1, "zero1.json"),
+    _zero(2, "zero2.json"),
+    _recompute("full"),
+    _zero(3, "zero3.json"),
+    *(_more_ranks("tp", factor) for factor in (2, 4, 8)),
+    *(_more_ranks("pp", factor) for factor in (2, 4, 8, 16)),
+    _zero(2, "zero2_cpu_offload.json", offload_optimizer="cpu"),
+    _zero(3, "zero3_cpu_offload.json", offload_optimizer="cpu", offload_parameters="cpu"),
+)
