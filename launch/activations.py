@@ -6,6 +6,7 @@ activations, and under full recompute one group of layers is about to come back.
 
 from collections.abc import Sequence
 from functools import lru_cache
+from operator import ge
 from typing import NamedTuple
 
 from launch.model_states import VALUE_BYTES
@@ -18,7 +19,7 @@ from pretrain.engine.schedules.catalogue import make_schedule, placement_of
 from pretrain.engine.schedules.ops import Kind, Order
 
 Span = tuple[int, int]  # layers of one chunk: the first, and the one after the last
-WAVES = 4  # micro-batches for each virtual stage
+WAVES = 2  # micro-batches for each stage: a test holds it beside what a hundred hold
 
 
 class ChunkActivations(NamedTuple):
@@ -99,7 +100,7 @@ class Way(NamedTuple):
             return self._replace(num_micro_batches=1)
         if self.schedule == "gpipe":
             return self
-        return self._replace(num_micro_batches=min(self.num_micro_batches, WAVES * self.stages * self.chunks))
+        return self._replace(num_micro_batches=min(self.num_micro_batches, WAVES * self.stages))
 
 
 @lru_cache(maxsize=1 << 16)
@@ -237,10 +238,13 @@ def _moments(order: Order, chunks: int, *, by_chunk: bool) -> set[Moment]:
 
 
 def _undominated(moments: set[Moment]) -> tuple[Moment, ...]:
-    """Without those that another of the same chunk covers."""
-
-    def covers(one: Moment, other: Moment) -> bool:
-        held = zip((*one.kept, *one.waiting), (*other.kept, *other.waiting), strict=True)
-        return one != other and one.chunk == other.chunk and all(a >= b for a, b in held)
-
-    return tuple(moment for moment in moments if not any(covers(other, moment) for other in moments))
+    """Without those that another of the same chunk covers; one that holds more in all cannot be covered by less."""
+    fronts: dict[int | None, list[tuple[int, ...]]] = {}
+    left = []
+    for moment in sorted(moments, key=lambda each: -sum(each.kept) - sum(each.waiting)):
+        held = (*moment.kept, *moment.waiting)
+        front = fronts.setdefault(moment.chunk, [])
+        if not any(all(map(ge, other, held)) for other in front):
+            front.append(held)
+            left.append(moment)
+    return tuple(left)

@@ -70,14 +70,15 @@ class Cluster:
         return replace(self, **facts)
 
 
+# Memory of what is sold as 80 GB is 80 GiB, as nvidia-smi tells; B200 and H200 are counted as printed, a little less.
 # NVIDIA A100 datasheet (2021): 312 TFLOP/s in bf16 and fp16, 19.5 in fp32; 108 SMs (GA100 whitepaper, table 4).
-_A100_80GB = Device("A100-80GB", 312, 312, 19.5, 0, 80 * GB, 2039 * GB, 108, 0.80, 0.55)
+_A100_80GB = Device("A100-80GB", 312, 312, 19.5, 0, 80 * GIB, 2039 * GB, 108, 0.80, 0.55)
 # NVIDIA H100 datasheet, SXM (2023): 1979 with sparsity in 16 bit, 3958 in fp8, 67 in fp32; 132 SMs.
-_H100 = Device("H100", 989.4, 989.4, 67, 1978.9, 80 * GB, 3350 * GB, 132, 0.62, 0.32)
+_H100 = Device("H100", 989.4, 989.4, 67, 1978.9, 80 * GIB, 3350 * GB, 132, 0.62, 0.32)
 DEVICES = {
     # NVIDIA V100 datasheet, SXM2 (2020): 125 TFLOP/s in fp16, 15.7 in fp32, no bf16; 80 SMs.
-    "v100": Device("V100-32GB", 0, 125, 15.7, 0, 32 * GB, 900 * GB, 80, 0.75, 0.30),
-    "a100-40gb": replace(_A100_80GB, name="A100-40GB", memory_bytes=40 * GB, memory_bytes_per_s=1555 * GB),
+    "v100": Device("V100-32GB", 0, 125, 15.7, 0, 32 * GIB, 900 * GB, 80, 0.75, 0.30),
+    "a100-40gb": replace(_A100_80GB, name="A100-40GB", memory_bytes=40 * GIB, memory_bytes_per_s=1555 * GB),
     "a100": _A100_80GB,
     "h100": _H100,
     # NVIDIA H200 datasheet (2024): an H100 with 141 GB at 4.8 TB/s.
@@ -87,9 +88,9 @@ DEVICES = {
     "b200": Device("B200", 2250, 2250, 80, 4500, 180 * GB, 8000 * GB, 148, 0.47, 0.30),
     # AMD Instinct MI250X datasheet (2021), half of it, since each of its two dies is a device of its own: 383 TFLOP/s
     # in 16 bit, 95.7 in fp32 matrices, 128 GB, 3.2 TB/s, 220 compute units.
-    "mi250x": Device("MI250X-GCD", 191.5, 191.5, 47.9, 0, 64 * GB, 1600 * GB, 110, 0.55, 0.20),
+    "mi250x": Device("MI250X-GCD", 191.5, 191.5, 47.9, 0, 64 * GIB, 1600 * GB, 110, 0.55, 0.20),
     # A laptop's CPU: 8 cores x 3 GHz x 32 fp32 operations of AVX2 with FMA; two channels of DDR4-3200.
-    "cpu": Device("CPU", 0.75, 0.75, 0.75, 0, 16 * GB, 50 * GB, 8, 0.6, 0.3),
+    "cpu": Device("CPU", 0.75, 0.75, 0.75, 0, 16 * GIB, 50 * GB, 8, 0.6, 0.3),
 }
 CLUSTERS = {
     # DGX-1V: six NVLink 2 links of 25 GB/s, 4 x 100 Gbit/s InfiniBand for 8 devices (NVIDIA DGX-1 datasheet).

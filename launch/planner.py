@@ -14,7 +14,7 @@ from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
-from launch.fitting import Memory, fits
+from launch.fitting import Fit, fits
 from launch.hardware import Cluster
 from launch.scenario import Scenario
 from launch.step_time import StepTime, step_time
@@ -87,7 +87,7 @@ class Candidate:
 
     scenario: Scenario
     step: StepTime
-    memory: Memory
+    memory: Fit
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Search:
     num_layouts: int  # looked at
     num_illegal: int
     num_too_large: int
-    closest: Memory | None  # of those that do not fit, the one that lacks least
+    closest: Fit | None  # of those that do not fit, the one that lacks least
 
 
 def search(task: Task, *, top: int = 10) -> Search:
@@ -110,7 +110,7 @@ def search(task: Task, *, top: int = 10) -> Search:
     """
     found: list[Candidate] = []
     num_layouts = num_illegal = num_too_large = 0
-    closest: Memory | None = None
+    closest: Fit | None = None
     fault = ""
     for scenario in scenarios(task):
         num_layouts += 1
@@ -242,7 +242,7 @@ def as_run(task: Task, scenario: Scenario) -> Run:
     return Run(config, document, layout, {})
 
 
-def _with_least_savings(task: Task, scenario: Scenario) -> tuple[Scenario | None, Memory, int]:
+def _with_least_savings(task: Task, scenario: Scenario) -> tuple[Scenario | None, Fit, int]:
     """The scenario with as little recompute and offload as makes it fit, its memory, and how many were tried."""
     tried = 1
     memory = fits(scenario, task.cluster)
@@ -259,7 +259,7 @@ def _with_least_savings(task: Task, scenario: Scenario) -> tuple[Scenario | None
     return None, memory, tried
 
 
-def _nothing(task: Task, closest: Memory | None, fault: str) -> str:
+def _nothing(task: Task, closest: Fit | None, fault: str) -> str:
     where = f"--gpus={task.num_devices} with --device={task.cluster.name}"
     if closest is not None:
         return (

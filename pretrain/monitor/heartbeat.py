@@ -46,7 +46,7 @@ class Heartbeat:
 
 
 class Told(NamedTuple):
-    count: int
+    beats: int  # how often it was told
     step: int  # steps that are done
     step_s: float  # what the last one took, with all that followed it; 0 before the second
     doing: str
