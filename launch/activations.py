@@ -106,7 +106,7 @@ class Way(NamedTuple):
 @lru_cache(maxsize=1 << 16)
 def _peak_per_token(facts: Facts, way: Way, rank: int, spans: tuple[Span, ...]) -> Peak:
     chunks = [chunk_activations(facts, *span) for span in spans]
-    moments = worst_moments(way, by_chunk=facts.recompute == "full")[rank]
+    moments = worst_moments(way, rank, by_chunk=facts.recompute == "full")
     activations, worst = max((_bytes_per_token(moment, chunks), moment) for moment in moments)
     handed = sum(
         number for number, hands_over in zip(worst.kept, _hands_over(way, rank), strict=True) if hands_over
@@ -207,16 +207,20 @@ def _kept_by_layer(facts: Facts) -> tuple[float, ...]:
     return tuple(cost.activation_bytes_per_token for cost in costs)
 
 
-@lru_cache(maxsize=4096)
-def worst_moments(way: Way, *, by_chunk: bool) -> tuple[tuple[Moment, ...], ...]:
-    """By rank, those at which no other holds as much of every chunk; ``by_chunk``: whose backward pass, matters."""
+@lru_cache(maxsize=1 << 16)
+def worst_moments(way: Way, rank: int, *, by_chunk: bool) -> tuple[Moment, ...]:
+    """Those at which no other holds as much of every chunk; ``by_chunk``: whose backward pass, matters."""
+    if way.stages == 1:
+        return (Moment(0, (1,), (0,)),)
+    if way.schedule == "gpipe":
+        return (Moment(0, (way.num_micro_batches,), (0,)),)
+    return _undominated(_moments(_orders(way)[rank], way.chunks, by_chunk=by_chunk))
+
+
+@lru_cache(maxsize=64)
+def _orders(way: Way) -> tuple[Order, ...]:
     schedule, stages, chunks, num_micro_batches = way
-    if stages == 1:
-        return ((Moment(0, (1,), (0,)),),)
-    if schedule == "gpipe":
-        return ((Moment(0, (num_micro_batches,), (0,)),),) * stages
-    plan = make_schedule(schedule, stages=stages, chunks=chunks, num_micro_batches=num_micro_batches)
-    return tuple(_undominated(_moments(order, chunks, by_chunk=by_chunk)) for order in plan.orders)
+    return make_schedule(schedule, stages=stages, chunks=chunks, num_micro_batches=num_micro_batches).orders
 
 
 def _moments(order: Order, chunks: int, *, by_chunk: bool) -> set[Moment]:

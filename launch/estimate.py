@@ -1,4 +1,4 @@
-"""`megaloom estimate`: what a run will take of each rank's memory, and of arithmetic, before anything runs.
+"""`megaloom estimate`: what a run will take of each rank's memory, of arithmetic, of links and of time.
 
 Works on a laptop for a thousand ranks: nothing is asked of this machine, no corpus, no GPU, no torch.
 """
@@ -14,10 +14,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from launch.hardware import CLUSTERS, Cluster, cluster_named
 from launch.memory import Memory, RankMemory, memory
 from launch.remedies import Remedy, remedies
 from launch.run import positive
 from launch.scenario import Scenario, scenario_of
+from launch.step_time import StepTime, step_time
 from model_providers.config import ModelConfig
 from model_providers.cost import active_parameters, parameters, train_flops_per_token
 from model_providers.errors import ModelError
@@ -36,8 +38,10 @@ class Estimate:
     """What follows from a scenario and a device's memory."""
 
     scenario: Scenario
+    cluster: Cluster | None  # none: no time is told
     memory_gib: float
     reserve_gib: float
+    tokens: float | None = None  # to train on
 
     @cached_property
     def memory(self) -> Memory:
@@ -51,6 +55,10 @@ class Estimate:
     @property
     def fits(self) -> bool:
         return self.memory.heaviest.device.total <= self.limit_bytes
+
+    @cached_property
+    def step(self) -> StepTime | None:
+        return None if self.cluster is None else step_time(self.scenario, self.cluster)
 
     @cached_property
     def remedies(self) -> list[Remedy]:
@@ -72,14 +80,18 @@ class Estimate:
 def main(argv: list[str]) -> None:
     words = parser().parse_intermixed_args(argv)
     check_words(words)
-    estimate = Estimate(scenario_of(planned_run(words)), words.memory_gib, words.reserve_gib)
+    scenario = scenario_of(planned_run(words))
+    cluster, memory_gib = cluster_of(words), words.memory_gib
+    if memory_gib is None:
+        memory_gib = DEVICE_GIB if cluster is None else cluster.device.memory_bytes / GIB
+    estimate = Estimate(scenario, cluster, memory_gib, words.reserve_gib, words.tokens)
     if words.json:
         print(json.dumps(as_json(estimate), indent=2))
         return
     console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
-    for section in SECTIONS:
+    for section in SECTIONS if cluster is None else (*SECTIONS, time_table):
         console.print(section(estimate))
-    for line in verdict(estimate):
+    for line in [*time_lines(estimate), *verdict(estimate)]:
         console.print(line, soft_wrap=True)
 
 
@@ -97,8 +109,15 @@ def parser() -> argparse.ArgumentParser:
         "--deepspeed_config", metavar="FILE", help="DeepSpeed JSON; overrides the run file's `deepspeed`"
     )
     own.add_argument(
-        "--memory-gib", type=float, default=DEVICE_GIB, metavar="GIB", help="of one device (default: 80)"
+        "--memory-gib", type=float, metavar="GIB", help="of one device (default: of --device, else 80)"
     )
+    own.add_argument(
+        "--device",
+        metavar="NAME",
+        help=f"tell time too: on {', '.join(CLUSTERS)}, or a .yaml or .json that describes a cluster",
+    )
+    own.add_argument("--gpus-per-node", type=positive, help="with --device (default: the preset's)")
+    own.add_argument("--tokens", type=float, help="with --device: to train on, for days and device-hours")
     own.add_argument(
         "--reserve-gib",
         type=float,
@@ -120,15 +139,28 @@ def check_words(words: argparse.Namespace) -> None:
         raise RunError(
             "nothing to estimate: give a run file, such as pretrain/runs/demo.yaml, or --model=llama3-8b"
         )
+    for name in ("gpus_per_node", "tokens"):
+        if getattr(words, name) is not None and words.device is None:
+            raise RunError(
+                f"--{name.replace('_', '-')}: tells of time, for which --device is needed, such as h100"
+            )
+    if words.tokens is not None and not 0 < words.tokens < float("inf"):
+        raise RunError(f"--tokens={words.tokens:g}: must be a number above 0, such as 300e9")
     for name in ("memory_gib", "reserve_gib"):
         value = getattr(words, name)
-        if not 0 <= value < float("inf"):
+        if value is not None and not 0 <= value < float("inf"):
             raise RunError(f"--{name.replace('_', '-')}={value:g}: must be a number of GiB, 0 or more")
-    if words.memory_gib <= words.reserve_gib:
+    if words.memory_gib is not None and words.memory_gib <= words.reserve_gib:
         raise RunError(
             f"--memory-gib={words.memory_gib:g}: nothing is left after --reserve-gib={words.reserve_gib:g}; "
             "give a device's whole memory, such as 80"
         )
+
+
+def cluster_of(words: argparse.Namespace) -> Cluster | None:
+    if words.device is None:
+        return None
+    return cluster_named(words.device, devices_per_node=words.gpus_per_node)
 
 
 def planned_run(words: argparse.Namespace) -> Run:
@@ -224,7 +256,66 @@ def memory_table(estimate: Estimate) -> Table:
     return table
 
 
-# The parts of the answer, in order; what concerns time joins here.
+PARTS_TOLD = {
+    "gemm_s": "matrix products",
+    "attention_s": "attention",
+    "memory_bound_s": "norms, activations and the like, by memory",
+    "recompute_s": "recompute",
+    "tensor_parallel_s": "tensor-parallel sums",
+    "expert_parallel_s": "tokens to experts and back",
+    "bubble_s": "pipeline bubble",
+    "transfer_s": "messages between stages",
+    "data_parallel_s": "gradients and weights between copies, unhidden",
+    "optimizer_s": "optimizer",
+    "offload_s": "copies to the host",
+}
+
+
+def time_table(estimate: Estimate) -> Table:
+    """Seconds of a step by part."""
+    step = estimate.step
+    assert step is not None
+    device = step.cluster.device
+    table = Table(
+        "part", "seconds", "share", title=f"a step on {step.num_devices} x {device.name}, as predicted"
+    )
+    for name, seconds in step.parts.items():
+        if seconds >= 0.0005 * step.total_s:
+            table.add_row(PARTS_TOLD[name], f"{seconds:.4g}", f"{seconds / step.total_s:.1%}")
+    table.add_section()
+    table.add_row("a step", f"{step.total_s:.4g}", "")
+    return table
+
+
+def time_lines(estimate: Estimate) -> list[str]:
+    """What follows from the step's time."""
+    step = estimate.step
+    if step is None:
+        return []
+    lines = [
+        f"{step.tokens_per_s:,.0f} tokens/s, {step.tflops_per_device():.3g} TFLOP/s a device, MFU {step.mfu():.1%} "
+        f"(causal attention counted by half; {step.mfu('full'):.1%} with all of it)",
+        f"bubble {step.bubble_share:.1%} of the pipeline's time" if step.scenario.layout.pp > 1 else "",
+        sent(step),
+    ]
+    if estimate.tokens is not None:
+        days, hours = step.days(estimate.tokens), step.device_hours(estimate.tokens)
+        lines.append(f"{estimate.tokens:.4g} tokens: {days:.3g} days, {hours:,.0f} device-hours")
+    return [line for line in lines if line]
+
+
+def sent(step: StepTime) -> str:
+    """What one device sends in a step, by link."""
+    where = {"intra": "inside nodes", "inter": "between nodes", "host": "to its host"}
+    told = [
+        f"{kind} {sent_bytes / GIB:.3g} GiB {where.get(step.links.get(kind, ''), '')}".strip()
+        for kind, sent_bytes in step.traffic._asdict().items()
+        if sent_bytes and step.links.get(kind, "") != "none"
+    ]
+    return f"a device sends in a step: {', '.join(told)}" if told else ""
+
+
+# The parts of the answer, in order; where a device is named, time follows.
 SECTIONS: tuple[Callable[[Estimate], Table], ...] = (model_table, memory_table)
 
 
@@ -248,6 +339,7 @@ def verdict(estimate: Estimate) -> list[str]:
 
 def as_json(estimate: Estimate) -> dict[str, Any]:
     return {
+        **_time_as_json(estimate),
         "parameters": parameters(estimate.scenario.model),
         "active_parameters": active_parameters(estimate.scenario.model),
         "ranks": estimate.scenario.layout.world_size,
@@ -262,6 +354,26 @@ def as_json(estimate: Estimate) -> dict[str, Any]:
             {"words": list(remedy.words), "device_bytes": remedy.device_bytes} for remedy in estimate.remedies
         ],
     }
+
+
+def _time_as_json(estimate: Estimate) -> dict[str, Any]:
+    step = estimate.step
+    if step is None:
+        return {}
+    facts: dict[str, Any] = {
+        "device": step.cluster.device.name,
+        "step_s": step.total_s,
+        "parts": step.parts,
+        "bubble_share": step.bubble_share,
+        "traffic_bytes": step.traffic._asdict(),
+        "links": step.links,
+        "tokens_per_s": step.tokens_per_s,
+        "tflops_per_device": step.tflops_per_device(),
+        "mfu": step.mfu(),
+    }
+    if estimate.tokens is not None:
+        facts |= {"days": step.days(estimate.tokens), "device_hours": step.device_hours(estimate.tokens)}
+    return facts
 
 
 def _rank_as_json(rank: RankMemory) -> dict[str, Any]:

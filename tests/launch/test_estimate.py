@@ -151,3 +151,32 @@ def test_a_plan_asks_nothing_of_this_machine(tmp_path: Path) -> None:
     with pytest.raises(RunError):
         make_run(raw, world_size=1)
     assert make_run(raw, world_size=1, is_planned=True).layout.world_size == 1
+
+
+def test_a_device_adds_time_links_and_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", "llama3-8b", "--ranks", "64", "layout.tp=2", "layout.sequence_parallel=true"]
+    main([*words, "--device", "h100", "--tokens", "1e12", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert told["step_s"] == pytest.approx(sum(told["parts"].values()))
+    assert told["device_hours"] == pytest.approx(told["days"] * 24 * 64)
+    assert told["days"] == pytest.approx(1e12 / told["tokens_per_s"] / 86400)
+    assert told["traffic_bytes"]["tensor"] > 0 and told["links"]["tensor"] == "intra"
+    assert told["flops_per_step"] == pytest.approx(told["tflops_per_device"] * 1e12 * 64 * told["step_s"])
+    main([*words, "--device", "h100"])
+    text = capsys.readouterr().out
+    assert "a step on 64 x H100, as predicted" in text and "tensor-parallel sums" in text
+    assert "a device sends in a step: tensor" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tokens", "3e9"], "--tokens: tells of time, for which --device is needed"),
+        (["--device", "h1000"], "--device=h1000: unknown; did you mean h100?"),
+        (["--device", "h100", "--tokens", "-1"], "--tokens=-1: must be a number above 0"),
+    ],
+)
+def test_words_about_time_are_judged(words: list[str], message: str) -> None:
+    with pytest.raises(RunError) as refused:
+        main(["--model", "llama3-8b", *words])
+    assert message in str(refused.value)
