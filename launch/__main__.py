@@ -34,6 +34,8 @@ COMMANDS = {
     "run": Command(
         "launch.run", "check a run file, then train it through the deepspeed launcher on this machine"
     ),
+    "slurm": Command("launch.slurm", "write a batch script that trains a run on a Slurm cluster"),
+    "k8s": Command("launch.k8s", "write a manifest that trains a run on a Kubernetes cluster"),
     "parity": Command(
         "launch.parity", "train a run file's model in its layout and in one process, and compare"
     ),

@@ -48,6 +48,8 @@ WITHOUT_TORCH = (
     "pretrain.engine.schedules.check",
     "pretrain.engine.schedules.draw",
     "launch.parity",
+    "launch.slurm",
+    "launch.k8s",
 )
 
 
