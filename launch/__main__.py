@@ -34,6 +34,9 @@ COMMANDS = {
     "run": Command(
         "launch.run", "check a run file, then train it through the deepspeed launcher on this machine"
     ),
+    "doctor": Command(
+        "launch.doctor", "examine this machine, or all hosts of a hostfile: what is broken, and the fix"
+    ),
     "slurm": Command("launch.slurm", "write a batch script that trains a run on a Slurm cluster"),
     "k8s": Command("launch.k8s", "write a manifest that trains a run on a Kubernetes cluster"),
     "parity": Command(

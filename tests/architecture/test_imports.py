@@ -48,6 +48,7 @@ WITHOUT_TORCH = (
     "pretrain.engine.schedules.check",
     "pretrain.engine.schedules.draw",
     "launch.parity",
+    "launch.doctor",
     "launch.slurm",
     "launch.k8s",
 )
