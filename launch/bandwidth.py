@@ -17,7 +17,9 @@ from typing import Any
 from launch import report
 from launch.checks import Finding
 from launch.hostfile import Host
+from launch.remote import last_line
 from launch.supervise import Options, Supervisor
+from launch.watch import Failure
 from pretrain.errors import RunError
 
 PROGRAM = "pretrain.bandwidth"
@@ -79,24 +81,33 @@ def measure(
         port=words.master_port,
         stall_floor_s=60.0,
     )
-    failed: list[report.Started] = []
+    names = ",".join(host.name for host in hosts for _ in host.slots)
+    supervisor = Supervisor(PROGRAM, ["--names", names] if names else [], options)
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            names = ",".join(host.name for host in hosts for _ in host.slots)
-            Supervisor(PROGRAM, ["--names", names] if names else [], options).run(failed.extend)
+            supervisor.run(lambda history: None)
     except RunError as fault:
         return None, [
             Finding("bandwidth", "ranks", everywhere, "broken", f"{fault}", "mend that, and try again")
         ]
-    if failed:
-        failure = failed[-1].outcome.failure
-        assert failure is not None
-        host, cause = failure.host or everywhere, report.cause_of(failure)
-        last = f" ({failure.words[-1].strip()})" if failure.words else ""
-        return None, [Finding("bandwidth", "ranks", host, "broken", f"{failure.what}{last}", cause.change)]
+    failure = supervisor.history[-1].outcome.failure
     rates = read(out.getvalue())
-    return rates, judge(rates, everywhere)
+    if failure is not None or not rates.all_reduce:
+        return None, [failed(failure, everywhere, last_line(err.getvalue()))]
+    return rates, judge(rates)
+
+
+def failed(failure: Failure | None, everywhere: str, last: str) -> Finding:
+    """That ranks could not be started, or did not come to their end."""
+    if failure is None:
+        said = f"the ranks ended without a figure ({last or 'and without a word'})"
+        return Finding("bandwidth", "ranks", everywhere, "broken", said, "try again")
+    words = failure.words[-1].strip() if failure.words else last
+    said = f"{failure.what} ({words})" if words else failure.what
+    return Finding(
+        "bandwidth", "ranks", failure.host or everywhere, "broken", said, report.cause_of(failure).change
+    )
 
 
 def read(output: str) -> Rates:
@@ -109,10 +120,8 @@ def read(output: str) -> Rates:
     return rates
 
 
-def judge(rates: Rates, everywhere: str) -> list[Finding]:
-    """Pairs below the others; a host that is in all of its pairs is named alone."""
-    if not rates.all_reduce:
-        return [Finding("bandwidth", "ranks", everywhere, "broken", "they ended without a word", "try again")]
+def judge(rates: Rates) -> list[Finding]:
+    """Pairs below the others; a host that is slow towards all others is named alone."""
     subject, title = "bandwidth", "messages"
     if not rates.pairs:
         return []

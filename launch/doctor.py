@@ -88,9 +88,9 @@ def main(argv: list[str]) -> None:
     hosts = hosts_of(words)
     wanted = [host for host in hosts if not host.is_spare]
     num_ranks = num_slots(wanted) if hosts else words.ranks or max(1, num_gpus())
-    if words.words and words.run is None:
+    if words.run is not None and "=" in words.run and not Path(words.run).exists():
         raise RunError(
-            f"{words.words[0]}: overrides a run file, and none is given; megaloom doctor RUN.yaml ..."
+            f"{words.run}: overrides a run file, and none is given; megaloom doctor RUN.yaml {words.run}"
         )
     run = None
     if words.run is not None:
@@ -114,6 +114,11 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--deepspeed_config", metavar="FILE", help="DeepSpeed JSON of the run")
     own.add_argument("--json", action="store_true", help="findings and facts, for programs")
     own.add_argument(
+        "--quick",
+        action="store_true",
+        help="leave out what takes long: trying libraries and writing to disks",
+    )
+    own.add_argument(
         "--bandwidth",
         action="store_true",
         help="start ranks, and measure messages between hosts and all-reduce",
@@ -134,7 +139,7 @@ def diagnose(
     wanted = wanted_of(words, run, hosts, num_ranks)
     names = tuple(host.name for host in hosts) or (socket.gethostname(),)
     probed, found = probe(names, hosts, questions_of(words, run, names))
-    exams, more = examine(list(probed), wanted, is_here=not hosts)
+    exams, more = examine(list(probed), wanted, is_here=not hosts, is_quick=words.quick)
     found += more
     for host, exam in exams.items():
         answer, facts = probed[host]
@@ -211,13 +216,15 @@ def probe(
 
 
 def examine(
-    names: Sequence[str], wanted: Wanted, *, is_here: bool
+    names: Sequence[str], wanted: Wanted, *, is_here: bool, is_quick: bool = False
 ) -> tuple[dict[str, Mapping[str, Any]], list[Finding]]:
     """What each host can do."""
     if not names:
         return {}, []
     disks = [wanted.checkpoint_folder, *([wanted.nvme_folder] if wanted.nvme_folder else [])]
-    asked = {"disks": disks, "write_bytes": WRITE_BYTES, "programs": PROGRAMS, "variables": VARIABLES}
+    asked: dict[str, Any] = {"variables": VARIABLES}
+    if not is_quick:
+        asked |= {"disks": disks, "write_bytes": WRITE_BYTES, "programs": PROGRAMS}
     command = probe_command(Questions(os.getcwd()), json.dumps(asked))
     how = ask_here if is_here else ask
     answers = how(names, command, stdin=source_of("examination.py"), timeout_s=EXAMINED_S)

@@ -1,5 +1,6 @@
 """What doctor found, for a person: grouped by subject, hosts that are alike in one line, each fix under its fault."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,14 +27,16 @@ def show(
 ) -> None:
     """Print the page."""
     console = console or Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 120)
     several = len(hosts) > 1
     for subject in sorted({finding.subject for finding in findings}, key=SUBJECTS.index):
         console.print(Text(subject, style="bold"))
         console.print(_table([finding for finding in findings if finding.subject == subject], hosts, several))
     if rates is not None:
-        console.print(rates.as_text(), highlight=False)
+        console.print(Text(rates.as_text()), soft_wrap=True)
     for line in enough:
-        console.print(Text(line))
+        console.print(Text(line), soft_wrap=True)
     console.print(Text(summary(hosts, findings)))
 
 
@@ -46,11 +49,18 @@ def _table(findings: Sequence[Finding], hosts: Sequence[str], several: bool) -> 
     for finding in findings:
         key = (finding.title, finding.level, finding.said, finding.fix)
         alike.setdefault(key, []).append(finding.host)
+    shown, left_out = Counter[str](), Counter[str]()
     for (title, level, said, fix), names in alike.items():
+        shown[title] += level == "ok"
+        if level == "ok" and shown[title] > SHOWN_HOSTS:
+            left_out[title] += len(names)
+            continue
         where = f"{listed(names, hosts)}: " if several and len(set(names)) < len(hosts) else ""
         table.add_row(Text(f"  {level}", style=STYLES[level]), title, Text(f"{where}{said}"))
         if fix:
             table.add_row("", "", Text(f"fix: {fix}", style="dim" if level == "ok" else ""))
+    for title, num in left_out.items():
+        table.add_row(Text("  ok", style=STYLES["ok"]), title, f"and likewise on {num} more hosts")
     return table
 
 

@@ -123,12 +123,13 @@ def gpus():
 def topology():
     """How each pair of GPUs is joined: (first, second, word), in nvidia-smi's words, NV4 being four NVLinks."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", output_of(["nvidia-smi", "topo", "-m"]) or "")
+    num_gpus = len(re.findall(r"^GPU\d+", text, re.MULTILINE))
     pairs = []
     for line in text.splitlines():
         words = line.split()
         if words and re.match(r"GPU\d+$", words[0]):
             first = int(words[0][3:])
-            for second, word in enumerate(words[1:]):
+            for second, word in enumerate(words[1 : 1 + num_gpus]):  # adapters have columns after them
                 if second > first and re.match(r"(NV\d+|SYS|NODE|PHB|PXB|PIX)$", word):
                     pairs.append([first, second, word])
     return pairs
@@ -242,7 +243,7 @@ def main():
         "gpus": gpus(),
         "topology": topology(),
         "disks": {path: disk(path, asked.get("write_bytes", 1 << 20)) for path in asked.get("disks", [])},
-        "builds": builds(asked.get("programs", {})),
+        "builds": builds(asked["programs"]) if "programs" in asked else {},
     }
     print("\n" + json.dumps(facts))
 
