@@ -306,7 +306,7 @@ def shared_folder(folder: Path, names: Sequence[str]) -> list[Finding]:
         fix = "give this user the right to write there, or set out= to another folder"
         return [Finding("disks", title, names[0], "broken", said, fix)]
     looked = ask(names[1:], on_host(["test", "-e", path]))
-    ask(names[:1], on_host(["rm", "-f", path]))
+    ask(names[:1], on_host(["sh", "-c", 'rm -f "$0"; rmdir "$(dirname "$0")" 2>/dev/null; :', path]))
     fix = "set out= to a folder on a disk that all hosts share"
     found = [
         Finding("disks", title, host, "broken", f"does not see what {names[0]} writes to {folder}", fix)

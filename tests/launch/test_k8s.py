@@ -98,7 +98,7 @@ def test_bad_input_is_one_line(
 @pytest.mark.ranks
 def test_two_pods_train_stop_when_one_is_drained_and_go_on(run_file: Path, tmp_path: Path) -> None:
     """An Indexed Job's variables and nothing else; the pods' paths and names are this machine's."""
-    documents = manifest(run_file, "--cpu", "train.steps=300", "checkpoint.resume=never")
+    documents = manifest(run_file, "--cpu", "train.steps=5000", "checkpoint.resume=never")
     for name, text in documents["ConfigMap"]["data"].items():
         (tmp_path / "files" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "files" / name).write_text(text, "utf-8")

@@ -118,7 +118,7 @@ def test_times_are_read_as_slurm_reads_them(text: str, seconds: int | None) -> N
 def test_the_script_trains_saves_when_asked_and_asks_for_the_queue_again(
     run_file: Path, tmp_path: Path
 ) -> None:
-    script(run_file, "--ranks-per-node", "2", "--cpu", "train.steps=400", "checkpoint.resume=never")
+    script(run_file, "--ranks-per-node", "2", "--cpu", "train.steps=5000", "checkpoint.resume=never")
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text, "utf-8")
         (tmp_path / name).chmod(0o755)
@@ -151,8 +151,8 @@ def test_the_script_trains_saves_when_asked_and_asks_for_the_queue_again(
     assert (tmp_path / "out/tiny/logs/rank1.log").exists()
 
     done = len(metrics.read_text().splitlines())
-    text = (tmp_path / "job.sh").read_text().replace("train.steps=400", f"train.steps={done + 2}")
-    text = text.replace("step-0000400", f"step-{done + 2:07d}")
+    text = (tmp_path / "job.sh").read_text().replace("train.steps=5000", f"train.steps={done + 2}")
+    text = text.replace("step-0005000", f"step-{done + 2:07d}")
     again = subprocess.run(
         ["bash", "-c", text],
         env={**environment, "SLURM_RESTART_COUNT": "1"},
