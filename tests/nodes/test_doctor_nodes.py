@@ -64,3 +64,24 @@ def test_a_slow_host_is_named(network: Network) -> None:
     assert code == 0 and "node3" in [each["host"] for each in slow]
     assert len(document["bandwidth"]["pairs"]) == 6
     assert any(each["said"].startswith("sends to every other at 0.0") for each in slow)
+
+
+def test_a_folder_that_is_not_shared_is_told(network: Network, tmp_path: Path) -> None:
+    shared, other = tmp_path / "shared", tmp_path / "other"
+    shared.mkdir()
+    other.mkdir()
+    code = f"""
+from pathlib import Path
+from launch.doctor import shared_folder
+for finding in shared_folder(Path({str(shared / "run")!r}), ["node1", "node2"]):
+    print(finding.level, finding.host, finding.said)
+"""
+    told = network.start([sys.executable, "-c", code]).communicate(timeout=60)
+    assert told[0].splitlines() == [f"ok {name} all see {shared / 'run'}" for name in ("node1", "node2")], (
+        told
+    )
+    network.restart_sshd("node2", hide={str(shared): other})
+    told = network.start([sys.executable, "-c", code]).communicate(timeout=60)
+    network.restart_sshd("node2")
+    assert told[0] == f"broken node2 does not see what node1 writes to {shared / 'run'}\n", told
+    assert not list(shared.iterdir()), "nothing is left"
