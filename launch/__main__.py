@@ -37,6 +37,11 @@ COMMANDS = {
     "estimate": Command(
         "launch.estimate", "what a run takes of each rank's memory, and which edits would make it fit"
     ),
+    "doctor": Command(
+        "launch.doctor", "examine this machine, or all hosts of a hostfile: what is broken, and the fix"
+    ),
+    "slurm": Command("launch.slurm", "write a batch script that trains a run on a Slurm cluster"),
+    "k8s": Command("launch.k8s", "write a manifest that trains a run on a Kubernetes cluster"),
     "parity": Command(
         "launch.parity", "train a run file's model in its layout and in one process, and compare"
     ),

@@ -54,6 +54,7 @@ class Attempt:
         self._signals = 0
         self._lines: queue.Queue[tuple[int, bool, str | None]] = queue.Queue()
         self._last: dict[int, str] = {}
+        self._readers: list[threading.Thread] = []
         self._starts = list(starts)
         self._processes = [
             subprocess.Popen(
@@ -71,7 +72,9 @@ class Attempt:
         for number, process in enumerate(self._processes):
             for pipe, is_error in ((process.stdout, False), (process.stderr, True)):
                 assert pipe is not None
-                threading.Thread(target=self._read, args=(number, pipe, is_error), daemon=True).start()
+                reader = threading.Thread(target=self._read, args=(number, pipe, is_error), daemon=True)
+                reader.start()
+                self._readers.append(reader)
 
     def wait(self) -> Outcome:
         """Until all has ended, by itself, by a signal, or because a rank failed."""
@@ -95,7 +98,11 @@ class Attempt:
             self._look_at_launchers()
             if self._signals > 1 or (self._watch.has_failed and self._watch.failed_for_s > LAST_WORDS_S):
                 return
-            if all(process.poll() is not None for process in self._processes) and self._lines.empty():
+            if all(process.poll() is not None for process in self._processes):
+                for reader in self._readers:  # what was said last may be on its way still
+                    reader.join(LAST_WORDS_S / len(self._readers))
+                self._drain()
+                self._look_at_launchers()
                 return
             stall = self._watch.stall()
             if stall is None:

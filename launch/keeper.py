@@ -4,6 +4,9 @@
 program becomes the leader of a process group of its own, so all that it starts can be ended together.  When nobody
 reads what is told here any more, the launcher or the connection to it is gone, and the rank is ended: nothing is left
 behind on a host that cannot be reached.
+
+With ``--plain`` before the module, as in batch scripts, nobody decodes what is told, so only the program's own words
+and a bad end are, as text.
 """
 
 import contextlib
@@ -26,7 +29,18 @@ from types import FrameType
 from typing import IO
 
 from launch.env import KEEPER_LOGS, KEEPER_SIZE, keeper_environment, place_of
-from launch.reports import Beat, Ended, Message, Said, Stream, busy_s, encode, pieces, quiet_s
+from launch.reports import (
+    Beat,
+    Ended,
+    Message,
+    Said,
+    Stream,
+    busy_s,
+    encode,
+    pieces,
+    quiet_s,
+    told_end,
+)
 from launch.words import unwrap
 from pretrain.monitor import heartbeat
 
@@ -36,6 +50,7 @@ CHUNK_BYTES = 1 << 16
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")  # what moves a terminal's cursor
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LAUNCHER_IS_GONE = 75  # EX_TEMPFAIL
+PLAIN = "--plain"
 
 
 class Gone(Exception):
@@ -69,7 +84,8 @@ class Pipe:
 class Keeper:
     """The program of one rank, from its start to its end."""
 
-    def __init__(self, module: str, arguments: Sequence[str]):
+    def __init__(self, module: str, arguments: Sequence[str], *, is_plain: bool = False):
+        self._is_plain = is_plain
         environment = keeper_environment(os.environ)
         self._place = place_of(environment)
         self._host = socket.gethostname()
@@ -174,8 +190,11 @@ class Keeper:
             self._tell(Beat(self._place.rank, self._host, pid, step, step_s, doing, since_s, _state(pid)))
 
     def _tell(self, message: Message) -> None:
+        number, data = sys.stdout.fileno(), encode(message)
+        if self._is_plain:
+            number, data = _as_text(message)
         try:
-            os.write(sys.stdout.fileno(), encode(message))
+            os.write(number, data)
         except OSError:
             raise Gone from None
 
@@ -199,6 +218,17 @@ class Keeper:
             os.killpg(self._process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(LAST_WORDS_S)
+
+
+def _as_text(message: Message) -> tuple[int, bytes]:
+    """Where a message goes that a person is going to read, and how it reads; beats are for programs."""
+    if isinstance(message, Said):
+        stream = sys.stdout if message.stream == "out" else sys.stderr
+        who = "" if message.rank == 0 else f"rank {message.rank}: "
+        return stream.fileno(), f"{who}{message.text}".encode()
+    if isinstance(message, Ended) and message.code:
+        return sys.stderr.fileno(), f"{told_end(message)}\n".encode()
+    return sys.stdout.fileno(), b""
 
 
 def _open_log(folder: str | None, rank: int) -> IO[str] | None:
@@ -233,8 +263,9 @@ def main(argv: list[str] | None = None) -> int:
     """The launcher puts ``--local_rank=N`` before the module; the program gets it after that."""
     words = sys.argv[1:] if argv is None else argv
     own = [word for word in words[:1] if word.startswith("--local_rank")]
-    module, *arguments = (unwrap(word) for word in words[len(own) :])
-    return Keeper(module, [*own, *arguments]).wait()
+    is_plain = words[len(own)] == PLAIN
+    module, *arguments = (unwrap(word) for word in words[len(own) + is_plain :])
+    return Keeper(module, [*own, *arguments], is_plain=is_plain).wait()
 
 
 if __name__ == "__main__":

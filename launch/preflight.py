@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from launch.hostfile import Host
 from launch.remote import Answer, ask, last_line
@@ -54,39 +54,64 @@ class Preflight:
         return [fault for faults in self.faults.values() for fault in faults]
 
 
+Asker = Callable[..., dict[str, Answer]]  # `ask` of remote.py, or `ask_here`
+
+
+class Difference(NamedTuple):
+    """What a host has, where most have something else."""
+
+    host: str
+    name: str
+    value: str
+    most: str
+    way_out: str
+
+    def __str__(self) -> str:
+        return f"{self.host}: {self.name} is {self.value}, and {self.most} on the other hosts; {self.way_out}"
+
+
 def preflight(hosts: Sequence[Host], questions: Questions) -> Preflight:
     """Ask all hosts, and compare their answers."""
-    command = probe_command(questions)
-    probe = resources.files("launch").joinpath("probe.py").read_text("utf-8")
-    answers = ask([host.name for host in hosts], command, stdin=probe, timeout_s=PROBE_S)
+    answers = ask_probe([host.name for host in hosts], questions)
     facts: dict[str, Facts] = {}
     faults: dict[str, list[str]] = {}
     for host in hosts:
-        found = _facts_in(answers[host.name], questions)
+        found = facts_in(answers[host.name], questions)
         if isinstance(found, str):
             faults[host.name] = [found]
         else:
             facts[host.name] = found
     for host in hosts:
         if host.name in facts:
-            own = _too_few_devices(host, facts[host.name])
-            faults.setdefault(host.name, []).extend(own)
-    for name, fault in _differences(facts):
+            faults.setdefault(host.name, []).extend(too_few_devices(host, facts[host.name]))
+    for difference in differences(facts):
+        faults.setdefault(difference.host, []).append(f"{difference}")
+    for name, fault in missing(facts):
         faults.setdefault(name, []).append(fault)
     return Preflight(facts, {name: tuple(told) for name, told in faults.items() if told})
 
 
-def probe_command(questions: Questions) -> str:
-    """For a host's shell, which gets the probe's source on its standard input."""
+def ask_probe(hosts: Sequence[str], questions: Questions, *, how: Asker = ask) -> dict[str, Answer]:
+    """Run the probe on all hosts at once."""
+    return how(hosts, probe_command(questions), stdin=source_of("probe.py"), timeout_s=PROBE_S)
+
+
+def source_of(name: str) -> str:
+    """The text of a file beside this one, for a Python elsewhere."""
+    return resources.files("launch").joinpath(name).read_text("utf-8")
+
+
+def probe_command(questions: Questions, asked: str | None = None) -> str:
+    """For a host's shell, which gets a probe's source on its standard input; ``asked``: another probe's questions."""
     where = shlex.quote(questions.folder)
-    words = shlex.join([questions.python, "-", questions.as_json()])
+    words = shlex.join([questions.python, "-", questions.as_json() if asked is None else asked])
     return f"cd {where} || exit 120; test -x {shlex.quote(questions.python)} || exit {COMMAND_NOT_FOUND}; exec {words}"
 
 
 NO_FOLDER = 120
 
 
-def _facts_in(answer: Answer, questions: Questions) -> Facts | str:
+def facts_in(answer: Answer, questions: Questions) -> Facts | str:
     """The facts of an answer, or why there are none."""
     host = answer.host
     if answer.obstacle is not None:
@@ -107,7 +132,7 @@ def _facts_in(answer: Answer, questions: Questions) -> Facts | str:
         return f"{host}: {questions.python} does not run there ({last_line(answer.err) or f'exit code {answer.code}'})"
 
 
-def _too_few_devices(host: Host, facts: Facts) -> list[str]:
+def too_few_devices(host: Host, facts: Facts) -> list[str]:
     gpus = len(facts["gpus"])
     if gpus and max(host.slots) >= gpus:
         return [
@@ -116,8 +141,8 @@ def _too_few_devices(host: Host, facts: Facts) -> list[str]:
     return []
 
 
-def _differences(facts: Mapping[str, Facts]) -> list[tuple[str, str]]:
-    """Whatever is not the same on all hosts: (host, fault) for those that differ from most."""
+def differences(facts: Mapping[str, Facts]) -> list[Difference]:
+    """Whatever is not the same on all hosts, of those that differ from most."""
     same = "install the same environment on all hosts"
     looks: list[tuple[str, Callable[[Facts], Any], str]] = [
         ("Python", itemgetter("python"), same),
@@ -130,13 +155,13 @@ def _differences(facts: Mapping[str, Facts]) -> list[tuple[str, str]]:
     shared = "put it on a disk that all hosts share, or copy it"
     looks += [(path, partial(_file, path), shared) for path in sorted(paths)]
     return [
-        (host, f"{host}: {name} is {value}, and {most} on the other hosts; {way_out}")
+        Difference(host, name, value, most, way_out)
         for name, look, way_out in looks
         for host, value, most in _odd_ones({host: look(seen) for host, seen in facts.items()})
-    ] + _missing(facts)
+    ]
 
 
-def _missing(facts: Mapping[str, Facts]) -> list[tuple[str, str]]:
+def missing(facts: Mapping[str, Facts]) -> list[tuple[str, str]]:
     """What no host has is missing, not different."""
     return [
         (host, f"{host}: {path} cannot be read there ({mark[1]})")

@@ -5,6 +5,7 @@ on between a login node and a compute node.  So a message is a line of JSON behi
 """
 
 import json
+import signal
 from typing import Literal, NamedTuple
 
 MARK = "\x1e"  # ASCII's record separator
@@ -78,3 +79,16 @@ def decode(line: str) -> Message | None:
 
 def pieces(text: str) -> list[str]:
     return [text[start : start + LONGEST_TEXT] for start in range(0, len(text), LONGEST_TEXT)]
+
+
+def told_end(ended: Ended) -> str:
+    """How a rank ended badly, in a sentence without its end."""
+    how = f"ended with exit code {ended.code}"
+    if ended.signal:
+        name = signal.Signals(ended.signal).name
+        how = f"was killed ({name})"
+        if name == "SIGKILL":
+            how += (
+                ", often by the system for want of memory (see dmesg); a checkpoint, if there is one, stands"
+            )
+    return f"rank {ended.rank} on {ended.host} {how}"

@@ -139,15 +139,11 @@ def hosts_of(words: argparse.Namespace) -> tuple[Host, ...]:
 
 
 def options_of(words: argparse.Namespace, run: Run, hosts: tuple[Host, ...], num_ranks: int) -> Options:
-    launcher = best_launcher() if words.launcher == "auto" else words.launcher
-    fault = launcher_fault(launcher) if hosts or words.launcher != "auto" else None
-    if fault is not None and not words.dry_run:
-        raise RunError(fault)
     json_path = find_deepspeed_json(words.deepspeed_config or run.config.deepspeed)
     return Options(
         hosts=hosts,
         num_ranks=num_ranks,
-        launcher=launcher,
+        launcher=launcher_of(words, hosts, must_be_here=not words.dry_run),
         exports=tuple(words.export),
         address=words.master_addr,
         port=words.master_port,
@@ -157,6 +153,15 @@ def options_of(words: argparse.Namespace, run: Run, hosts: tuple[Host, ...], num
         stall_floor_s=words.stall_floor,
         files=(words.run, str(json_path), *corpus_files(run)),
     )
+
+
+def launcher_of(words: argparse.Namespace, hosts: Sequence[Host], *, must_be_here: bool = True) -> str:
+    """The launcher that the words choose."""
+    launcher = best_launcher() if words.launcher == "auto" else words.launcher
+    fault = launcher_fault(launcher) if hosts or words.launcher != "auto" else None
+    if fault is not None and must_be_here:
+        raise RunError(fault)
+    return launcher
 
 
 def corpus_files(run: Run) -> tuple[str, ...]:

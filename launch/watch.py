@@ -5,7 +5,6 @@ fails, all others fail after it, and theirs would bury the one that matters.
 """
 
 import re
-import signal
 import statistics
 import sys
 import time
@@ -13,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import IO, NamedTuple
 
-from launch.reports import Beat, Ended, Said, decode, quiet_s
+from launch.reports import Beat, Ended, Said, decode, quiet_s, told_end
 from pretrain.monitor.heartbeat import EVALUATES, SAVES
 
 HELD_LINES = 400
@@ -136,11 +135,9 @@ class Watch:
         if ended.code == 0 or self.is_stopping:
             return
         host = rank.host or ended.host
-        how = _ended_by(ended) if ended.signal else f"ended with exit code {ended.code}"
         words = tuple(rank.held or rank.said)
-        self._fail(
-            Failure(f"rank {ended.rank} on {host} {how}", host, ended.rank, ended.code, words, self.step)
-        )
+        what = told_end(ended._replace(host=host))
+        self._fail(Failure(what, host, ended.rank, ended.code, words, self.step))
 
     def _foreign(self, line: str, *, is_error: bool) -> None:
         """The launcher's own words, or ssh's."""
@@ -262,14 +259,6 @@ def _most(words: list[str]) -> str:
 
 def _is_second_hand(failure: Failure) -> bool:
     return any(SECOND_HAND.search(line) for line in failure.words)
-
-
-def _ended_by(ended: Ended) -> str:
-    name = signal.Signals(ended.signal or 0).name
-    text = f"was killed ({name})"
-    if name == "SIGKILL":
-        text += ", often by the system for want of memory (see dmesg); a checkpoint, if there is one, stands"
-    return text
 
 
 def _listed(ranks: list[int]) -> str:

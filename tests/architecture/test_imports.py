@@ -68,6 +68,9 @@ WITHOUT_TORCH = (
     "launch.remedies",
     "launch.estimate",
     "model_providers.tensor_shares",
+    "launch.doctor",
+    "launch.slurm",
+    "launch.k8s",
 )
 
 

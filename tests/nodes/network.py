@@ -131,6 +131,26 @@ class Network:
             _ip("-n", hub, "link", "del", f"slow-{name}")
             _ip("-n", hub, "link", "set", self._link(name), "master", "bridge0")
 
+    def limit(self, name: str, rate: str) -> str | None:
+        """At most so much leaves a node, such as 200mbit; why it cannot be limited, if it cannot."""
+        words = [
+            "tc",
+            "qdisc",
+            "replace",
+            "dev",
+            "eth0",
+            "root",
+            "tbf",
+            "rate",
+            rate,
+            "burst",
+            "64kb",
+            "latency",
+            "50ms",
+        ]
+        done = subprocess.run([*self._inside(name), *words], capture_output=True, text=True, check=False)
+        return done.stderr.strip() or None
+
     def stop_sshd(self, name: str) -> None:
         daemon = self._daemons.pop(name)
         daemon.kill()
