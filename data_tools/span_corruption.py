@@ -132,7 +132,9 @@ class StackedBatch:
     tokens: np.ndarray  # int64 [b s], the encoder's
     targets: np.ndarray  # int64 [b t], the decoder's: labels, one later, after a token that begins them
     labels: np.ndarray  # int64 [b t]
-    loss_mask: np.ndarray | None  # bool [b t], None where every token counts
+    loss_mask: (
+        np.ndarray
+    )  # bool [b t]; a filler of an evaluation may be on one rank and not on another, so always there
     segments: np.ndarray | None  # int32 [b s], where there may be padding
 
 
@@ -155,7 +157,7 @@ class CorruptedBatches:
             tokens=np.stack([_padded(row.inputs, inputs, padding) for row in rows]),
             targets=np.concatenate([begin, labels[:, :-1]], axis=1),
             labels=labels,
-            loss_mask=real if self._may_pad or not all(counts) else None,
+            loss_mask=real,
             segments=np.where(seen, PADDING, TEXT).astype(np.int32) if self._may_pad else None,
         )
 

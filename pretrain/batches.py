@@ -62,17 +62,20 @@ class Feed:
 
 def evaluation_steps(
     source: SampleSource, groups: Groups, *, micro_size: int, num_samples: int
-) -> Iterator[tuple[StepBatches, float]]:
-    """The first ``num_samples`` samples of a set, one micro-batch per rank and step, with each step's share of them.
+) -> Iterator[tuple[StepBatches, int]]:
+    """The first ``num_samples`` samples of a set, one micro-batch per rank and step, and what counts of this rank's.
 
     The same samples whatever the layout: where they do not fill the last step, fillers of no weight do.
     """
     shape = step_shape(groups, micro_size=micro_size, num_micro_batches=1)
     there = min(num_samples, source.dataset.num_distinct_samples())
     loader = source.evaluation(shape, num_samples=num_samples) if holds_data(groups) else None
-    for first in range(0, there, shape.samples_per_step):
-        batches = [None] if loader is None else to_device(next(loader), groups)
-        yield batches, min(shape.samples_per_step, there - first) / there
+    for _ in range(0, there, shape.samples_per_step):
+        if loader is None:
+            yield [None], 0
+        else:
+            found = next(loader)
+            yield to_device(found, groups), sum(_num_counted(batch) for batch in found)
     if loader is not None:
         loader.close()
 
@@ -132,6 +135,11 @@ def _token_weights(batches: Sequence[Batch], groups: Groups) -> list[torch.Tenso
         even = torch.full((1, 1), 1.0 / batches[0].labels.size, device=groups.device)
         return [even.expand(shape)] * len(batches)
     return _spread([_tensor(batch.loss_mask, groups.device).float() for batch in batches], groups)
+
+
+def _num_counted(batch: Batch) -> int:
+    """Tokens of which something is asked."""
+    return int(batch.labels.size if batch.loss_mask is None else batch.loss_mask.sum())
 
 
 def _spread(masks: list[torch.Tensor], groups: Groups) -> list[torch.Tensor]:

@@ -14,8 +14,15 @@ def evaluate_all(engine: Engine, sets: Mapping[str, SampleSource], run: Run) -> 
 
 
 def evaluate(engine: Engine, source: SampleSource, run: Run) -> float:
-    """Mean loss per token over the first ``train.eval_samples`` samples of a set."""
+    """Mean loss per token over the first ``train.eval_samples`` samples of a set.
+
+    A step of evaluation counts by its tokens, which are not equally many where an objective masks some.
+    """
     train = run.config.train
     micro_size = train.eval_micro_size or run.micro_size
     steps = evaluation_steps(source, engine.groups, micro_size=micro_size, num_samples=train.eval_samples)
-    return sum(engine.eval_step(batches, micro_size=micro_size) * share for batches, share in steps)
+    losses, counts = [], []
+    for batches, num_counted in steps:
+        losses.append(engine.eval_step(batches, micro_size=micro_size))
+        counts.append(num_counted)
+    return engine.groups.mean_by(losses, counts)

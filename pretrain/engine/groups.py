@@ -85,6 +85,17 @@ class Groups:
         dist.all_reduce(total, group=self.dp)
         return total.item() / self.layout.dp
 
+    def mean_by(self, values: Sequence[float], counts: Sequence[int]) -> float:
+        """The mean of ``values``, which all ranks have, by counts that add up over copies of the model.
+
+        Pipeline stages that read no data count nothing, and are told; every rank must call it.
+        """
+        totals = torch.tensor(counts, dtype=torch.float64, device=self.device)
+        dist.all_reduce(totals, group=self.dp)
+        dist.all_reduce(totals, op=dist.ReduceOp.MAX)
+        of_each = torch.tensor(values, dtype=torch.float64, device=self.device)
+        return float((of_each * totals).sum() / totals.sum().clamp(min=1.0))
+
     def any_rank(self, flag: bool) -> bool:
         """Whether any rank of the world says yes."""
         votes = torch.tensor([int(flag)], device=self.device)

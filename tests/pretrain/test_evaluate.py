@@ -72,6 +72,26 @@ def test_validation_losses_do_not_depend_on_the_layout(
     assert len(set(reference[0].values())) == 3
 
 
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "bert": {"model": {"preset": "tiny-bert", "vocab_size": None}, "data__objective": "mlm"},
+    "t5": {"model": {"preset": "tiny-t5", "vocab_size": None}, "data__objective": "span_corruption"},
+    "prefix": {"model__attention": "prefix", "data__objective": "prefix_lm"},
+}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_objectives_agree_on_what_counts_where_only_some_ranks_have_fillers(
+    ranks: RankPool, corpus: str, out: Path, objective: str
+) -> None:
+    """7 samples on 2 ranks of 2: the last is a filler on the second rank, and the first must know of it."""
+    base = {**OBJECTIVES[objective], "train__eval_samples": 7}
+    reference = ranks.run(evaluate_and_train, 1, tiny(corpus, out, **base))[0]
+    for losses_by_set, losses in ranks.run(evaluate_and_train, 2, tiny(corpus, out, **base)):
+        assert losses_by_set == pytest.approx(reference[0], rel=1e-6)
+        assert losses == pytest.approx(reference[1], rel=1e-6)
+
+
 @pytest.mark.ranks
 def test_evaluating_changes_nothing_in_training_with_dropout(ranks: RankPool, corpus: str, out: Path) -> None:
     raw = tiny(corpus, out, model__hidden_dropout=0.2)
