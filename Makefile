@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ')
+# Two tests at a time: most wait for processes to start or to talk, and two cores do both.
+SIDE_BY_SIDE ?= -n 2 --dist loadfile
 RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 
 .PHONY: help install demo demo-corpus demo-moe demo-bert demo-t5 test test-all check format bench clean
@@ -65,16 +67,16 @@ test: $(VENV)/.installed-dev  ## everything that CI runs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy launch pretrain data_tools model_providers
-	$(BIN)/python -m pytest -m 'not thorough'
+	$(BIN)/python -m pytest -m 'not thorough' $(SIDE_BY_SIDE)
 
 test-all: $(VENV)/.installed-dev  ## the same, and combinations that others nearly imply
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 check: $(VENV)/.installed-dev  ## format, lint, types, import contract, tests that start no ranks
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy launch pretrain data_tools model_providers
-	$(BIN)/python -m pytest -m 'not ranks'
+	$(BIN)/python -m pytest -m 'not ranks' $(SIDE_BY_SIDE)
 
 format: $(VENV)/.installed-dev  ## put the code into shape
 	$(BIN)/ruff format .

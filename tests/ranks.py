@@ -118,6 +118,8 @@ def _worker(pipe: Connection, parent_pid: int) -> None:
     os.setpgrp()
     faulthandler.register(STACKS_SIGNAL, all_threads=False)
     os.environ.update(CPU_ONLY_ENVIRONMENT)
+    # DeepSpeed names shared memory by these: pools that work side by side must not meet in it.
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(parent_pid))
     warnings.simplefilter("ignore")  # upstream's, four times over
     import torch
 
