@@ -52,6 +52,7 @@ SP2 = {"tp": 2, "sequence_parallel": True}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, {"layout": {"tp": 2}}),
     "tp2+sp-zero3": (4, {"layout": SP2, "deepspeed": "zero3.json"}),
+    "dp2-zero0": (2, {"deepspeed": "zero0.json"}),
     "dp2-zero2": (2, {"deepspeed": "zero2.json"}),
     "pp2-dp2": (4, {"layout": {"pp": 2}}),
     "pp2-interleaved": (2, {"layout": {"pp": 2, "schedule": "interleaved", "chunks": 2}}),
@@ -61,9 +62,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-IN_ALL, IN_SOME = ("bert", "t5"), ("tp2+sp-zero3", "pp2-tp2+sp-zb-v")
+IN_ALL, IN_SOME = ("bert", "t5", "electra"), ("tp2+sp-zero3", "pp2-tp2+sp-zb-v")
 RARE = {
     *(("bert", layout) for layout in ("tp2", "pp2-dp2", "pp4-recompute")),
+    *((kind, "dp2-zero0") for kind in IN_ALL),
+    *(("electra", layout) for layout in ("tp2", "dp2-zero2", "pp2-dp2", "pp2-interleaved", "pp4-recompute")),
     *(("t5", layout) for layout in ("dp2-zero2", "pp2-dp2", "pp2-interleaved")),
 }
 CELLS = [
