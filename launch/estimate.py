@@ -14,7 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from launch.hardware import CLUSTERS, Cluster, cluster_named
+from launch.examined_cluster import described
+from launch.hardware import CLUSTERS, Cluster
 from launch.memory import Memory, RankMemory, memory
 from launch.remedies import Remedy, remedies
 from launch.run import positive
@@ -160,7 +161,7 @@ def check_words(words: argparse.Namespace) -> None:
 def cluster_of(words: argparse.Namespace) -> Cluster | None:
     if words.device is None:
         return None
-    return cluster_named(words.device, devices_per_node=words.gpus_per_node)
+    return described(words.device, devices_per_node=words.gpus_per_node)
 
 
 def planned_run(words: argparse.Namespace) -> Run:

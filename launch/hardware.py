@@ -135,7 +135,7 @@ def cluster_named(name: str, *, devices_per_node: int | None = None) -> Cluster:
 
 def read_cluster(path: Path) -> Cluster:
     """`{like: h100, devices_per_node: 4, inter_bytes_per_s: 25e9, device: {memory_bytes: 94e9}}`: a preset, changed."""
-    raw = _document(path)
+    raw = document_of(path)
     like = str(raw.pop("like", ""))
     if like not in CLUSTERS:
         raise RunError(
@@ -149,7 +149,7 @@ def read_cluster(path: Path) -> Cluster:
     return replace(cluster, **{"name": path.stem, **_facts(path, "", Cluster, raw)}, device=known)
 
 
-def _document(path: Path) -> dict[str, Any]:
+def document_of(path: Path) -> dict[str, Any]:
     if path.suffix != ".json":
         return read_yaml(path)
     try:

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from launch import advice, plan_files
-from launch.hardware import CLUSTERS, Cluster, cluster_named
+from launch.examined_cluster import described
+from launch.hardware import CLUSTERS, Cluster
 from launch.plan_tables import Asked, document, told
 from launch.planner import Task, search
 from launch.run import positive
@@ -66,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--gpus-per-node", type=positive, help="devices of a node (default: the preset's)")
     own.add_argument(
         "--device", default="h100", metavar="NAME",
-        help=f"{', '.join(CLUSTERS)}, or a .yaml or .json that describes a cluster (default: h100)",
+        help=f"{', '.join(CLUSTERS)}, a .yaml or .json that describes a cluster, or what doctor --json wrote (default: h100)",
     )  # fmt: skip
     own.add_argument("--tokens", type=float, help="to train on: gives days, learning rate and batch")
     own.add_argument("--sequence-length", type=positive, help="tokens of a sample (default: the model's)")
@@ -87,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
 
 def read(words: argparse.Namespace) -> Asked:
     """The task that the words describe."""
-    cluster = cluster_named(words.device, devices_per_node=words.gpus_per_node)
+    cluster = described(words.device, devices_per_node=words.gpus_per_node)
     num_devices = _num_devices(words, cluster)
     if words.tokens is not None:
         advice.check_tokens(words.tokens)

@@ -49,6 +49,7 @@ WITHOUT_TORCH = (
     "pretrain.engine.schedules.draw",
     "launch.parity",
     "launch.advice",
+    "launch.examined_cluster",
     "launch.fitting",
     "launch.hardware",
     "launch.layer_time",
