@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--gpus-per-node", type=positive, help="devices of a node (default: the preset's)")
     own.add_argument(
         "--device", default="h100", metavar="NAME",
-        help=f"{', '.join(CLUSTERS)}, a .yaml or .json that describes a cluster, or what doctor --json wrote (default: h100)",
+        help=f"{', '.join(CLUSTERS)}, a .yaml or .json of a cluster, or of doctor --json (default: h100)",
     )  # fmt: skip
     own.add_argument("--tokens", type=float, help="to train on: gives days, learning rate and batch")
     own.add_argument("--sequence-length", type=positive, help="tokens of a sample (default: the model's)")
