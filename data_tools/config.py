@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from data_tools.errors import DataError
-from data_tools.objectives import Objective, SpanCorruption
+from data_tools.objectives import MaskedLM, Objective, SpanCorruption
 from data_tools.span_corruption import lengths
 
 SPLIT_PARTS = ("train", "valid", "test")
@@ -106,6 +106,11 @@ class DataConfig(BaseModel):
                 lengths(self.objective, self.sequence_length)
             except DataError as fault:
                 raise ValueError(str(fault)) from None
+        if isinstance(self.objective, MaskedLM) and self.sequence_length < self.objective.smallest_length:
+            raise ValueError(
+                f"sequence_length={self.sequence_length}: too short for mlm with "
+                f"second_task={self.objective.second_task}; use {self.objective.smallest_length} or more"
+            )
         return self
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ from data_tools import show
 from data_tools import verify as verifying
 from data_tools.corpus import Corpus
 from data_tools.documents import Skips
+from data_tools.errors import DataError
 from data_tools.show_objective import KINDS, samples
 from data_tools.summary import print_summary
 from data_tools.tokenizer import load_tokenizer
@@ -42,6 +43,8 @@ def inspect(
     sequence_length: Annotated[int, typer.Option(min=1, help="with --objective: of a sample")] = 64,
 ) -> None:
     """Show a corpus: counts, a histogram of document lengths, documents as text."""
+    if objective is not None and document is not None:
+        raise DataError(f"--document={document} with --objective: samples are not documents; use --first")
     if objective is not None:
         lines = samples(prefix, objective, count=first, length=sequence_length, tokenizer=tokenizer)
         for line in lines:

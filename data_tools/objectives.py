@@ -38,6 +38,11 @@ class MaskedLM(_Facts):
     replaced: bool = False
     short_share: float = Field(default=0.1, ge=0, le=1)  # with a second task: samples of any smaller length
 
+    @property
+    def smallest_length(self) -> int:
+        """Tokens of the shortest sample: two of each text where there are two, and the special ones around them."""
+        return 3 if self.second_task == "none" else 7
+
     @model_validator(mode="after")
     def _shares_fit(self) -> "MaskedLM":
         if self.mask_share + self.random_share > 1:

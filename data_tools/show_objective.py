@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import numpy as np
+from pydantic import ValidationError
 
 from data_tools.config import DataConfig
 from data_tools.errors import DataError
@@ -30,13 +31,19 @@ def samples(prefix: str, name: str, *, count: int, length: int, tokenizer: str |
     """Lines on the first ``count`` samples of a corpus under an objective of `KINDS`."""
     if name not in KINDS:
         raise DataError(f"--objective={name}: unknown; there are {', '.join(KINDS)}")
-    config = DataConfig(
-        train=prefix,  # type: ignore[arg-type]
-        split="100,0,0",
-        sequence_length=length,
-        objective=KINDS[name],  # type: ignore[arg-type]
-        tokenizer=tokenizer,
-    )
+    if count < 1:
+        raise DataError(f"--first={count}: give 1 or more samples to show")
+    try:
+        config = DataConfig(
+            train=prefix,  # type: ignore[arg-type]
+            split="100,0,0",
+            sequence_length=length,
+            objective=KINDS[name],  # type: ignore[arg-type]
+            tokenizer=tokenizer,
+        )
+    except ValidationError as fault:
+        told = fault.errors()[0]["msg"].removeprefix("Value error, ")
+        raise DataError(f"--objective={name} --sequence-length={length}: {told}") from None
     data = open_data(config)
     batch = data.train.batch(list(range(count)))
     write = _Writer(data)

@@ -107,7 +107,8 @@ class Way(NamedTuple):
 def _peak_per_token(facts: Facts, way: Way, rank: int, spans: tuple[Span, ...]) -> Peak:
     chunks = [chunk_activations(facts, *span) for span in spans]
     moments = worst_moments(way, rank, by_chunk=facts.recompute == "full")
-    activations, worst = max((_bytes_per_token(moment, chunks), moment) for moment in moments)
+    worst = max(moments, key=lambda moment: _bytes_per_token(moment, chunks))
+    activations = _bytes_per_token(worst, chunks)
     handed = sum(
         number for number, hands_over in zip(worst.kept, _hands_over(way, rank), strict=True) if hands_over
     )

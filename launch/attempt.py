@@ -21,6 +21,7 @@ from typing import IO
 from launch import processes
 from launch.backends import Start
 from launch.hostfile import Host
+from launch.leash import hold
 from launch.remote import SSH_FAILED, Answer, ask, in_folder, last_line
 from launch.watch import Failure, Watch
 
@@ -58,7 +59,7 @@ class Attempt:
         self._starts = list(starts)
         self._processes = [
             subprocess.Popen(
-                start.command,
+                start.command if start.host else [sys.executable, "-m", "launch.leash", *start.command],
                 env=start.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -66,6 +67,7 @@ class Attempt:
                 text=True,
                 errors="replace",
                 start_new_session=True,
+                preexec_fn=hold if start.host else None,  # ssh alone needs no leash
             )
             for start in starts
         ]
@@ -103,6 +105,7 @@ class Attempt:
                     reader.join(LAST_WORDS_S / len(self._readers))
                 self._drain()
                 self._look_at_launchers()
+                self._watch.launchers_ended()
                 return
             stall = self._watch.stall()
             if stall is None:
@@ -168,7 +171,7 @@ class Attempt:
         for process in self._processes:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGTERM if self._hosts else signal.SIGKILL)
+                    os.killpg(process.pid, signal.SIGKILL)
         left: list[str] = []
         if self._hosts:
             answers = ask(self._hosts, self._on_host("end"), timeout_s=CLEANING_S)

@@ -88,9 +88,12 @@ def starts(job: Job, launcher: str, scratch: Path) -> list[Start]:
     return [_by_deepspeed(job, launcher, scratch)]
 
 
-def command_shown(job: Job, launcher: str) -> str:
-    """The command lines as a user would type them, one a host with plain ssh."""
-    return "\n".join(shlex.join(start.command) for start in starts(job, launcher, Path("FOLDER")))
+def command_shown(job: Job, launcher: str, *, hostfile: str | None = None) -> str:
+    """The command lines as a user would type them, one a host with plain ssh; ``hostfile``: the user's own."""
+    scratch = Path("FOLDER")
+    begun = starts(job, launcher, scratch)
+    own = {str(scratch / "hostfile"): hostfile} if hostfile else {}
+    return "\n".join(shlex.join(own.get(word) or word for word in start.command) for start in begun)
 
 
 def _here(job: Job) -> Start:

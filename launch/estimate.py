@@ -190,7 +190,7 @@ def preset_run(name: str) -> dict[str, Any]:
     except ModelError as fault:
         raise RunError(f"--model: {fault}") from None
     data: dict[str, Any] = {"train": "corpus", "sequence_length": model.max_sequence_length}
-    objective = _objective(model)
+    objective = usual_objective(model)
     if objective is not None:
         data["objective"] = objective
     return {
@@ -203,7 +203,7 @@ def preset_run(name: str) -> dict[str, Any]:
     }
 
 
-def _objective(model: ModelConfig) -> dict[str, Any] | None:
+def usual_objective(model: ModelConfig) -> dict[str, Any] | None:
     """The one that a model was made for; None is the next token."""
     if model.family == "bert":
         return {"kind": "mlm", "replaced": model.electra is not None}

@@ -7,7 +7,8 @@ from launch.memory import DeviceBytes, rank_memory
 from launch.scenario import Scenario
 
 # CUDA's context, NCCL's buffers and what an allocator cannot hand out again: a guess, and of small devices less.
-RESERVED_BYTES = 4 * 2.0**30
+GIB = 2.0**30
+RESERVED_BYTES = 4 * GIB
 RESERVED_AT_MOST = 0.25  # of the device
 
 
@@ -26,6 +27,18 @@ class Fit(NamedTuple):
     @property
     def fits(self) -> bool:
         return self.device.total <= self.limit_bytes and self.host_bytes <= self.host_limit_bytes
+
+    @property
+    def lack(self) -> str:
+        """What it needs beyond what is there."""
+        told = []
+        if self.device.total > self.limit_bytes:
+            told.append(f"{self.device.total / GIB:.1f} GiB of a device's {self.limit_bytes / GIB:.1f}")
+        if self.host_bytes > self.host_limit_bytes:
+            told.append(
+                f"{self.host_bytes / GIB:.1f} GiB of a device's share of its host, {self.host_limit_bytes / GIB:.1f}"
+            )
+        return " and ".join(told)
 
 
 def usable_bytes(cluster: Cluster) -> float:

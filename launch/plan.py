@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from launch import advice, plan_files
+from launch.estimate import usual_objective
 from launch.examined_cluster import described
 from launch.hardware import CLUSTERS, Cluster
 from launch.plan_tables import Asked, document, told
@@ -26,11 +27,6 @@ from pretrain.run_file import plain, read_yaml
 
 PIPED_WIDTH = 160
 USUAL_BATCH_TOKENS = 4e6  # Touvron et al. 2023 (arXiv:2307.09288), section 2.2, for models of 7B to 70B
-# What encoders are trained with, beside the next token of which decoders need no mention.
-OBJECTIVES: dict[str, dict[str, Any]] = {
-    "bert": {"objective": {"kind": "mlm"}},
-    "t5": {"objective": {"kind": "span_corruption"}},
-}
 
 
 def main(argv: list[str]) -> None:
@@ -40,7 +36,7 @@ def main(argv: list[str]) -> None:
     command = None
     if words.out is not None:
         command = plan_files.write(
-            words.out, asked.task, found.candidates[0], model=asked.model, steps=asked.steps, lr=asked.lr
+            words.out, asked.task, found.candidates[0], stated=asked.stated, steps=asked.steps, lr=asked.lr
         )
     if words.json:
         print(
@@ -76,7 +72,9 @@ def parser() -> argparse.ArgumentParser:
     batch.add_argument(
         "--global-batch-tokens", type=float, help="the same in tokens, rounded to what divides"
     )
-    own.add_argument("--precision", choices=get_args(Dtype), default="bf16")
+    own.add_argument(
+        "--precision", choices=get_args(Dtype), help="default: the run file's, bf16 for a preset"
+    )
     own.add_argument("--corpus", default="data/corpus", metavar="PREFIX", help="for the run file")
     own.add_argument("--top", type=positive, default=10, help="layouts to show (default: 10)")
     own.add_argument(
@@ -95,7 +93,7 @@ def read(words: argparse.Namespace) -> Asked:
     if words.model is None and words.tokens is None:
         raise RunError("--model: give a preset or a run file, or --tokens=300e9 to have one proposed")
     name = words.model or advice.advise(words.tokens).nearest_preset
-    raw, model = _document_of(name, words)
+    raw, stated = _document_of(name, words)
     config = _config(raw)
     given = advice.advise(words.tokens, config.model) if words.tokens is not None else None
     global_size = _global_size(words, config, num_devices, given)
@@ -103,7 +101,7 @@ def read(words: argparse.Namespace) -> Asked:
     if words.tokens is not None:
         steps = max(1, math.ceil(words.tokens / (global_size * config.data.sequence_length)))
     lr = config.optimizer.lr if given is None or _is_run_file(name) else float(f"{given.lr:.3g}")
-    return Asked(Task(config, cluster, num_devices, global_size), model, steps, lr, given)
+    return Asked(Task(config, cluster, num_devices, global_size), stated, steps, lr, given)
 
 
 def _num_devices(words: argparse.Namespace, cluster: Cluster) -> int:
@@ -125,27 +123,32 @@ def _is_run_file(name: str) -> bool:
 
 
 def _document_of(name: str, words: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A run file's values, its model spelled out, and the model as the file to be written should state it."""
+    """A run file's values, its model spelled out; and the same as a file should state them."""
     if _is_run_file(name):
         raw = spelled_out(read_yaml(Path(name)))
         stated = dict(raw.get("model") or {})
         preset = stated.pop("preset", None)
         base = {} if preset is None else get_preset(str(preset)).model_dump()
         raw["model"] = {**base, **{key: value for key, value in stated.items() if value is not None}}
-        shown = {"preset": preset, **stated} if preset is not None else stated
+        shown = {**raw, "model": {"preset": preset, **stated} if preset is not None else stated}
     else:
         known = get_preset(name)
         length = words.sequence_length or known.max_sequence_length
         raw = {
             "name": name,
             "model": known.model_dump(),
-            "data": {"train": words.corpus, "sequence_length": length, **OBJECTIVES.get(known.family, {})},
+            "data": {"train": words.corpus, "sequence_length": length},
+            "precision": {"dtype": "bf16"},
             "train": {"steps": 1},
         }
-        shown = {"preset": name}
+        objective = usual_objective(known)
+        if objective is not None:
+            raw["data"]["objective"] = objective
+        shown = {"model": {"preset": name}}
     if words.sequence_length is not None:
         raw["data"] = {**raw.get("data", {}), "sequence_length": words.sequence_length}
-    raw.setdefault("precision", {"dtype": words.precision})
+    if words.precision is not None:
+        raw["precision"] = {**raw.get("precision", {}), "dtype": words.precision}
     raw.pop("deepspeed", None)
     return raw, shown
 

@@ -17,13 +17,24 @@ from pretrain.nested import put
 RUN_FILE, DEEPSPEED_FILE, COMMAND_FILE = "run.yaml", "deepspeed.json", "command.txt"
 
 
-def write(folder: Path, task: Task, best: Candidate, *, model: dict[str, Any], steps: int, lr: float) -> str:
+CHECKPOINT_S = 3600.0  # between two checkpoints, where the file that is planned for says nothing
+WARMUP_SHARE, MOST_WARMUP = (
+    0.01,
+    2000,
+)  # of all steps; steps (Touvron et al. 2023, arXiv:2307.09288, section 2.2)
+MARK = "# Planned for "
+
+
+def write(folder: Path, task: Task, best: Candidate, *, stated: dict[str, Any], steps: int, lr: float) -> str:
     """Three files; returns the command."""
     try:
+        before = folder / RUN_FILE
+        if before.exists() and not before.read_text("utf-8").startswith(MARK):
+            raise RunError(f"--out={folder}: has a {RUN_FILE} that no plan wrote; choose another folder")
         folder.mkdir(parents=True, exist_ok=True)
-        document = run_document(task, best.scenario, model=model, steps=steps, lr=lr)
+        document = run_document(task, best, stated=stated, steps=steps, lr=lr)
         document["deepspeed"] = str(folder / DEEPSPEED_FILE)
-        header = f"# Planned for {task.num_devices} x {task.cluster.device.name}: {best.step.total_s:.3g} s a step.\n"
+        header = f"{MARK}{task.num_devices} x {task.cluster.device.name}: {best.step.total_s:.3g} s a step.\n"
         text = header + yaml.safe_dump(document, sort_keys=False, width=110)
         (folder / RUN_FILE).write_text(text, "utf-8")
         (folder / DEEPSPEED_FILE).write_text(
@@ -37,25 +48,27 @@ def write(folder: Path, task: Task, best: Candidate, *, model: dict[str, Any], s
 
 
 def run_document(
-    task: Task, scenario: Scenario, *, model: dict[str, Any], steps: int, lr: float
+    task: Task, best: Candidate, *, stated: dict[str, Any], steps: int, lr: float
 ) -> dict[str, Any]:
-    """A run file that states what the plan decided, and what it was planned for."""
+    """A run file that states what the plan decided, and all else as the file that it was planned for."""
+    scenario = best.scenario
     config, layout = task.config, scenario.layout
-    stated: dict[str, Any] = {"tp": layout.tp, "pp": layout.pp}
+    chosen: dict[str, Any] = {"tp": layout.tp, "pp": layout.pp}
     if layout.shards_sequence:
-        stated["sequence_parallel"] = True
+        chosen["sequence_parallel"] = True
     if layout.ep > 1:
-        stated["ep"] = layout.ep
+        chosen["ep"] = layout.ep
     if layout.etp is not None:
-        stated["etp"] = layout.etp
+        chosen["etp"] = layout.etp
     if layout.pp > 1:
-        stated |= {"schedule": scenario.schedule, "chunks": layout.chunks}
+        chosen |= {"schedule": scenario.schedule, "chunks": layout.chunks}
     document: dict[str, Any] = {
         "name": config.name,
         "out": config.out,
-        "model": model,
+        **usual(best, steps),
+        **{key: value for key, value in stated.items() if key not in ("deepspeed", "recompute")},
         "data": config.data.model_dump(mode="json", exclude_unset=True),
-        "layout": stated,
+        "layout": chosen,
         "batch": {"global_size": scenario.global_size, "micro_size": scenario.micro_size},
         "precision": config.precision.model_dump(),
         "optimizer": {**config.optimizer.model_dump(mode="json", exclude_unset=True), "lr": lr},
@@ -68,6 +81,13 @@ def run_document(
     if scenario.schedule in SPLIT_BACKWARD:
         document["kernels"] = "torch"  # whose weight gradients can wait
     return document
+
+
+def usual(best: Candidate, steps: int) -> dict[str, Any]:
+    """What a long run should not be without, where nothing was said of it."""
+    every = max(1, min(steps, round(CHECKPOINT_S / best.step.total_s)))
+    warmup = min(MOST_WARMUP, round(WARMUP_SHARE * steps))
+    return {"schedule": {"kind": "cosine", "warmup_steps": warmup}, "checkpoint": {"every": every}}
 
 
 def deepspeed_document(scenario: Scenario) -> dict[str, Any]:
@@ -88,9 +108,8 @@ def deepspeed_document(scenario: Scenario) -> dict[str, Any]:
 
 
 def command(task: Task, folder: Path) -> str:
-    """On one machine `megaloom run`; on several the deepspeed launcher and a hostfile."""
+    """On one machine, or on the hosts of a hostfile."""
     run_file = str(folder / RUN_FILE)
     if task.num_devices <= task.cluster.devices_per_node:
         return shlex.join(["megaloom", "run", run_file, "--ranks", str(task.num_devices)])
-    program = f"pretrain.{task.model.family}"
-    return shlex.join(["deepspeed", "--hostfile", "hosts", "--module", program, run_file])
+    return shlex.join(["megaloom", "run", run_file, "--hostfile", "hosts"])

@@ -27,7 +27,7 @@ class Asked(NamedTuple):
     """The task, and what the run file should say of it."""
 
     task: Task
-    model: dict[str, Any]
+    stated: dict[str, Any]  # sections that the plan does not decide
     steps: int
     lr: float
     advice: advice.Advice | None
@@ -72,7 +72,7 @@ def ranking(found: Search, *, top: int) -> Table:
     parts = [
         name for name in COLUMNS if any(each.step.parts[name] >= 0.001 * each.step.total_s for each in shown)
     ]
-    table = Table("", "layout", "s a step", "MFU", *(COLUMNS[name] for name in parts), "GB", "lacks")
+    table = Table("", "layout", "s a step", "MFU", *(COLUMNS[name] for name in parts), "GiB", "lacks")
     for rank, each in enumerate(shown, start=1):
         seconds = [f"{each.step.parts[name]:.3g}" for name in parts]
         table.add_row(
@@ -81,7 +81,7 @@ def ranking(found: Search, *, top: int) -> Table:
             f"{each.step.total_s:.4g}",
             f"{each.step.mfu():.1%}",
             *seconds,
-            f"{each.memory.total_bytes / 1e9:.0f}",
+            f"{each.memory.total_bytes / 2**30:.1f}",
             "" if rank == 1 else lacking(shown[0], each),
         )
     return table

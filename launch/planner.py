@@ -73,6 +73,7 @@ class Saving(NamedTuple):
 
 SAVINGS = (
     Saving(),
+    Saving("selective"),
     Saving("full"),
     Saving("none", "cpu"),
     Saving("full", "cpu"),
@@ -262,10 +263,7 @@ def _with_least_savings(task: Task, scenario: Scenario) -> tuple[Scenario | None
 def _nothing(task: Task, closest: Fit | None, fault: str) -> str:
     where = f"--gpus={task.num_devices} with --device={task.cluster.name}"
     if closest is not None:
-        return (
-            f"{where}: no layout fits; the nearest needs {closest.total_bytes / 1e9:.0f} GB a device of "
-            f"{closest.limit_bytes / 1e9:.0f}; use more devices, larger ones, or a smaller model"
-        )
+        return f"{where}: no layout fits; the nearest needs {closest.lack}; use more or larger devices"
     if fault:
         return f"{where}: no layout is legal; the last one said: {fault}"
     return (

@@ -86,7 +86,7 @@ def preflight(hosts: Sequence[Host], questions: Questions) -> Preflight:
             faults.setdefault(host.name, []).extend(too_few_devices(host, facts[host.name]))
     for difference in differences(facts):
         faults.setdefault(difference.host, []).append(f"{difference}")
-    for name, fault in missing(facts):
+    for name, fault in [*missing(facts), *twice(facts)]:
         faults.setdefault(name, []).append(fault)
     return Preflight(facts, {name: tuple(told) for name, told in faults.items() if told})
 
@@ -170,6 +170,17 @@ def missing(facts: Mapping[str, Facts]) -> list[tuple[str, str]]:
         for host, seen in facts.items()
         for mark in [seen["files"][path]]
     ]
+
+
+def twice(facts: Mapping[str, Facts]) -> list[tuple[str, str]]:
+    """Hosts that are one machine under two names: their ranks would share its devices without knowing."""
+    first: dict[str, str] = {}
+    found = []
+    for host, seen in facts.items():
+        other = first.setdefault(seen["machine"] or host, host)
+        if other != host:
+            found.append((host, f"{host}: is the same machine as {other}; name it once, with all its slots"))
+    return found
 
 
 def _odd_ones(values: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -4,12 +4,13 @@ Faults of the run, its data, the hostfile and the hosts are all told before any 
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 
 from data_tools.training_data import check_data
 from launch import report
-from launch.backends import Job, best_launcher, command_shown, launcher_fault
+from launch.backends import LAUNCHERS, Job, best_launcher, command_shown, launcher_fault
 from launch.devices import device_type, num_gpus
 from launch.hostfile import Host, chosen, num_slots, read_hostfile
 from launch.supervise import Options, Supervisor, newest_checkpoint
@@ -37,11 +38,13 @@ def main(argv: list[str]) -> None:
     if words.dry_run:
         address = options.address or (wanted[0].name if wanted else "127.0.0.1")
         job = Job(program, tuple(arguments), {}, tuple(wanted), num_ranks, address, options.port or 29500)
-        print(command_shown(job, options.launcher))
+        print(command_shown(job, options.launcher, hostfile=words.hostfile))
         return
-    where = f" on {len(wanted)} {'host' if len(wanted) == 1 else 'hosts'}" if hosts else ""
     ranks = "rank" if num_ranks == 1 else "ranks"
-    print(f"starting {num_ranks} {ranks}{where}: the libraries take their time", flush=True)
+    if hosts:
+        print(f"asking {len(hosts)} hosts whether they are fit", flush=True)
+    else:
+        print(f"starting {num_ranks} {ranks}: the libraries take their time", flush=True)
     supervisor = Supervisor(program, arguments, options, logs=run.folder / "logs")
     resume = ["checkpoint.resume=auto"] if run.config.checkpoint.resume != "auto" else []
     sys.exit(supervisor.run(lambda history: tell(run, history), resume))
@@ -112,10 +115,11 @@ def add_host_words(own: argparse.ArgumentParser) -> None:
     many.add_argument("--exclude", default="", metavar="SPEC", help="of the hostfile, such as b:1")
     many.add_argument("--launcher", default="auto", metavar="NAME", help="auto, pdsh, ssh, openmpi or slurm")
     many.add_argument("--master_addr", metavar="ADDRESS", help="of the first host, as the others see it")
-    many.add_argument("--master_port", type=positive, metavar="PORT", help="a free one, if not given")
+    many.add_argument("--master_port", type=port, metavar="PORT", help="a free one, if not given")
     many.add_argument(
         "--export",
         action="append",
+        type=variable,
         default=[],
         metavar="NAME[=VALUE]",
         help="a variable for all ranks, beside NCCL_*, GLOO_*, UCX_*, OMP_*, TORCH*, PYTHON* and the like",
@@ -159,7 +163,7 @@ def launcher_of(words: argparse.Namespace, hosts: Sequence[Host], *, must_be_her
     """The launcher that the words choose."""
     launcher = best_launcher() if words.launcher == "auto" else words.launcher
     fault = launcher_fault(launcher) if hosts or words.launcher != "auto" else None
-    if fault is not None and must_be_here:
+    if fault is not None and (must_be_here or launcher not in LAUNCHERS):
         raise RunError(fault)
     return launcher
 
@@ -169,6 +173,20 @@ def corpus_files(run: Run) -> tuple[str, ...]:
     data = run.config.data
     named = [*data.train, *(part for parts in data.validation.values() for part in parts)]
     return tuple(dict.fromkeys(f"{part.path}.idx" for part in named))
+
+
+def port(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"{number}: a port is 1 to 65535")
+    return number
+
+
+def variable(text: str) -> str:
+    name = text.partition("=")[0]
+    if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{name}: no name of a variable; letters, digits and _ make one")
+    return text
 
 
 def positive(text: str) -> int:

@@ -79,6 +79,8 @@ class Supervisor:
         at, hosts, found = datetime.now(), self.options.hosts, None
         if hosts:
             hosts, found = fit_hosts(hosts, self.options)
+            ranks, where = num_slots(hosts), f"{len(hosts)} {'host' if len(hosts) == 1 else 'hosts'}"
+            print(f"starting {ranks} ranks on {where}: the libraries take their time", flush=True)
         mark = new_mark()
         job = self._job(arguments, hosts, found, mark)
         watch = Watch(

@@ -108,6 +108,15 @@ class Watch:
         """The launcher ended badly before any rank told why."""
         self._fail(Failure(f"the launcher ended with code {code}{words}", None, None, code, step=self.step))
 
+    def launchers_ended(self) -> None:
+        """All launchers have ended: well only if every rank has said that it has."""
+        lost = [number for number, rank in enumerate(self.ranks) if rank.ended is None]
+        if lost and not self.has_failed and not self.is_stopping:
+            hosts = {self.ranks[number].host for number in lost}
+            where = next(iter(hosts)) if len(hosts) == 1 else None
+            what = f"the launcher ended before {_listed(lost)} did"
+            self._fail(Failure(what, where, None, 1, step=self.step))
+
     def _say(self, said: Said) -> None:
         rank = self.ranks[said.rank]
         stream = self._out if said.stream == "out" else self._err
@@ -191,12 +200,15 @@ class Watch:
         waited_s = now_s - self._moved_s
         if waited_s < self.stall_limit_s:
             return None
-        usual = f"; a step takes {statistics.median(self._step_s):.1f} s" if self._step_s else ""
+        usual = f"; a step takes {statistics.median(self._step_s):.2g} s" if self._step_s else ""
         return f"no step for {waited_s:.0f} s after step {self.step}{usual}: {self.late()}"
 
     def stalled(self, why: str) -> None:
         """It has lasted too long: as bad as a failure."""
-        self._fail(Failure(why, None, None, 1, step=self.step))
+        late = self._late()
+        rank = late[0].rank if late else None
+        host = None if rank is None else self.ranks[rank].host or late[0].host
+        self._fail(Failure(why, host, rank, 1, step=self.step))
 
     def silent_hosts(self) -> list[str]:
         """Hosts all of whose ranks spoke once and have said nothing for long, not even that they live."""
@@ -229,15 +241,18 @@ class Watch:
         silent = [number for number, rank in enumerate(self.ranks) if rank.beat is None]
         if silent:
             return f"{_listed(silent)} {'has' if len(silent) == 1 else 'have'} not said a word"
+        return "; ".join(_told(beat) for beat in self._late()[:4])
+
+    def _late(self) -> list[Beat]:
+        """Those that the others wait for, as far as they have spoken."""
         beats = [rank.beat for rank in self.ranks if rank.beat is not None]
         stopped = [beat for beat in beats if beat.state in "TtDZ"]
-        if stopped:
-            return "; ".join(_told(beat) for beat in stopped[:4])
+        if stopped or not beats:
+            return stopped
         behind = [beat for beat in beats if beat.step == min(other.step for other in beats)]
         longest_s = max(beat.since_s for beat in behind)
         odd = [beat for beat in behind if beat.doing != _most([other.doing for other in behind])]
-        first = odd or [beat for beat in behind if beat.since_s > longest_s - 1.0]
-        return "; ".join(_told(beat) for beat in first[:4])
+        return odd or [beat for beat in behind if beat.since_s > longest_s - 1.0]
 
 
 def _told(beat: Beat) -> str:

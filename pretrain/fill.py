@@ -45,7 +45,7 @@ def fill(words: argparse.Namespace) -> None:
         found = fill_text(trained, text, top=words.top)
         print(found.text)
         for guesses in found.guesses:
-            print("    " + ", ".join(f"{guess.text!r} {guess.probability:.0%}" for guess in guesses))
+            print("    " + ", ".join(f"{guess.text!r} {guess.probability:.2%}" for guess in guesses))
 
 
 @torch.no_grad()
@@ -57,6 +57,8 @@ def fill_text(trained: Trained, text: str, *, top: int) -> Filled:
     for layer in trained.layers:
         value = layer(value)
     logits = value if isinstance(value, torch.Tensor) else value[0]  # [s 1 v]
+    if top > special.text_size:
+        raise RunError(f"--top={top}: the vocabulary has {special.text_size} tokens; give at most as many")
     chances = logits[masks, 0, : special.text_size].float().softmax(dim=-1)  # [masks v]
     best = chances.topk(top)
     guesses = [
@@ -92,7 +94,7 @@ def _encoded(trained: Trained, special: SpecialTokens, text: str) -> tuple[list[
 
 @torch.no_grad()
 def fill_spans(trained: Trained, text: str, *, most: int) -> str:
-    """The text with each mask replaced by the span that the decoder says for it, greedily."""
+    """The text with each mask replaced by the span that the decoder says for it, greedily; and the spans alone."""
     special = special_tokens(trained.tokenizer, trained.config.data.objective)
     parts, end = text.split(MASK), trained.tokenizer.end_of_document
     if not 2 <= len(parts) <= NUM_SENTINELS + 1:
@@ -103,6 +105,11 @@ def fill_spans(trained: Trained, text: str, *, most: int) -> str:
     for number, part in enumerate(parts):
         ids += [special[f"sentinel-{number - 1}"]] if number else []
         ids += [int(token) for token in trained.tokenizer.encode_batch([part])[0]]
+    limit = trained.config.data.sequence_length
+    if len(ids) >= limit:
+        raise RunError(
+            f"--text: {len(ids)} tokens, and the model was trained on data.sequence_length={limit}; shorten it"
+        )
     said = _said(trained, [*ids, end], begin=special["padding"], end=end, most=most)
     sentinels = {special[f"sentinel-{number}"]: number for number in range(NUM_SENTINELS)}
     spans: list[list[int]] = [[] for _ in parts]
@@ -113,7 +120,8 @@ def fill_spans(trained: Trained, text: str, *, most: int) -> str:
         else:
             spans[number].append(token)
     answers = [trained.tokenizer.decode([t for t in span if t < special.text_size]) for span in spans]
-    return parts[0] + "".join(f"{answer}{part}" for answer, part in zip(answers[:-1], parts[1:], strict=True))
+    filled = "".join(f"{answer}{part}" for answer, part in zip(answers[:-1], parts[1:], strict=True))
+    return "\n".join([parts[0] + filled, "    " + ", ".join(repr(answer) for answer in answers[:-1])])
 
 
 def _said(trained: Trained, ids: list[int], *, begin: int, end: int, most: int) -> list[int]:

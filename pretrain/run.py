@@ -229,8 +229,8 @@ def check_same_order(state: RunState, data: TrainingData, run: Run) -> None:
     found = data.next_samples_hash(state.consumed_samples, num_samples=SAMPLES_COMPARED)
     if (state.data_fingerprint, state.next_samples) != (data.fingerprint(), found):
         raise RunError(
-            "data: the corpora, their weights, data.split, data.sequence_length or data.seed differ from "
-            f"those of the checkpoint at step {state.step}, so samples would repeat or be left out: put them "
+            "data: the corpora, their weights, data.split, data.sequence_length, data.objective or data.seed differ "
+            f"from those of the checkpoint at step {state.step}, so samples would repeat or be left out: put them "
             "back; or start another run from these weights (name=..., "
             f"checkpoint.weights_from={save_load.checkpoint_root(run) / folder_name(state.step)})"
         )

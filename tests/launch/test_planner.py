@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from launch import plan
 from launch.__main__ import main as megaloom
@@ -14,6 +15,7 @@ from model_providers.presets import get_preset
 from pretrain.config import RunConfig
 from pretrain.config_io import load_run
 from pretrain.errors import RunError
+from tests.runs import tiny
 
 
 def task(model: str, num_devices: int, device: str, global_size: int, length: int) -> Task:
@@ -74,7 +76,9 @@ def test_ten_thousand_layouts_take_less_than_ten_seconds() -> None:
 
 
 def test_what_cannot_be_planned_is_told_in_one_line() -> None:
-    with pytest.raises(RunError, match=r"--gpus=1 .*no layout fits; the nearest needs \d+ GB") as refused:
+    with pytest.raises(
+        RunError, match=r"--gpus=1 .*no layout fits; the nearest needs [\d.]+ GiB of a device"
+    ) as refused:
         search(task("llama3-405b", 1, "v100", 1, 8192))
     assert "\n" not in str(refused.value)
 
@@ -87,7 +91,7 @@ def test_the_written_run_file_is_one_that_a_run_takes(
     told = capsys.readouterr().out
     run = load_run(tmp_path / "plan" / "run.yaml", world_size=64)
     line = (tmp_path / "plan" / "command.txt").read_text().strip()
-    assert line.startswith("deepspeed --hostfile hosts --module pretrain.gpt")
+    assert line == f"megaloom run {tmp_path / 'plan' / 'run.yaml'} --hostfile hosts"
     assert line.split()[0] in told and "written to" in told
     assert run.global_size * run.num_micro_batches > 0
     assert (
@@ -95,6 +99,42 @@ def test_the_written_run_file_is_one_that_a_run_takes(
         == json.loads((tmp_path / "plan" / "deepspeed.json").read_text())["zero_optimization"]["stage"]
     )
     assert run.config.train.steps == -(-int(1e12) // run.tokens_per_step)
+    assert 0 < run.config.checkpoint.every < run.config.train.steps, "a long run saves itself"
+    assert run.config.schedule is not None and run.config.schedule.warmup_steps == 2000
+    (tmp_path / "plan" / "run.yaml").write_text("name: mine\n")
+    with pytest.raises(RunError, match=r"has a run\.yaml that no plan wrote"):
+        plan.main([*words, str(tmp_path / "plan")])
+
+
+def test_what_a_run_file_says_besides_is_kept(tmp_path: Path, corpus: str) -> None:
+    raw = tiny(corpus, tmp_path / "out", model__vocab_size=257, checkpoint__every=7, monitor__log_every=3)
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(raw))
+    plan.main(
+        [
+            "--model",
+            str(tmp_path / "own.yaml"),
+            "--gpus",
+            "2",
+            "--device",
+            "cpu",
+            "--out",
+            str(tmp_path / "p"),
+        ]
+    )
+    run = load_run(tmp_path / "p" / "run.yaml", world_size=2)
+    assert (run.config.checkpoint.every, run.config.monitor.log_every) == (7, 3)
+    assert run.config.precision.dtype == "fp32" and run.config.optimizer.gradient_clipping == 0.5
+
+
+@pytest.mark.parametrize("model", ["deepseek-v2-lite", "qwen3-30b-a3b", "electra-base", "bert-base"])
+def test_every_family_is_planned(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    plan.main(["--model", model, "--gpus", "8", "--json", "--top", "1"])
+    assert json.loads(capsys.readouterr().out)["layouts"][0]["step_s"] > 0
+
+
+def test_selective_recompute_is_tried_before_full() -> None:
+    found = search(task("llama3-405b", 16384, "h100", 2048, 8192))
+    assert any(each.scenario.recompute == "selective" for each in found.candidates)
 
 
 def test_pipelines_and_run_files_are_planned_too(

@@ -201,6 +201,32 @@ def test_a_killed_rank_ends_the_run_with_the_reason_and_leaves_nothing(run_file:
 
 @pytest.mark.ranks
 @pytest.mark.timeout(LAUNCH_S)
+def test_a_launcher_that_is_killed_is_no_success(run_file: Path) -> None:
+    """DeepSpeed's runner ends with 0 when what it started was killed."""
+    process, _ = start(run_file, "train.steps=100000")
+    launchers = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "deepspeed.launcher.launch" in child.cmdline()
+    ]
+    launchers[0].kill()
+    output = process.communicate(timeout=LAUNCH_S / 2)[0]
+    assert process.returncode not in (0, None), output
+    assert "the launcher ended before ranks 0 to 1 did" in output
+
+
+@pytest.mark.ranks
+@pytest.mark.timeout(LAUNCH_S)
+def test_a_run_that_is_killed_outright_takes_its_ranks_along(run_file: Path) -> None:
+    process, _ = start(run_file, "train.steps=100000")
+    below = psutil.Process(process.pid).children(recursive=True)
+    assert len(below) >= 6, "a leash, two launchers, two keepers and two ranks"
+    process.kill()
+    assert psutil.wait_procs(below, timeout=30)[1] == []
+
+
+@pytest.mark.ranks
+@pytest.mark.timeout(LAUNCH_S)
 def test_a_number_that_is_not_finite_ends_the_run_in_one_line(run_file: Path) -> None:
     ended = megaloom(
         "run",

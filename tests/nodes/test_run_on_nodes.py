@@ -186,6 +186,22 @@ def stale_python(network: Network) -> None:
     network.restart_sshd("node2", hide={sys.executable: script})
 
 
+@pytest.mark.ranks
+@pytest.mark.timeout(2 * WAIT_S)
+def test_nothing_is_left_on_any_host_when_the_run_is_killed_outright(
+    network: Network, run_file: Callable[..., Path]
+) -> None:
+    hostfile = network.hostfile("node1 slots=1", "node2 slots=1")
+    launch = Launch(network, run_file(train={"steps": 100000}), "--hostfile", hostfile, "--launcher", "pdsh")
+    launch.until(lambda: launch.steps() > 3)
+    os.kill(launch.process.pid, signal.SIGKILL)
+    launch.process.wait()
+    deadline_s = time.monotonic() + 60
+    while any(network.processes(name) for name in network.names):
+        assert time.monotonic() < deadline_s, "ranks go on without their launcher"
+        time.sleep(0.2)
+
+
 FAULTS = {
     "no-sshd": (lambda network: network.stop_sshd("node2"), "node2: no ssh server listens there"),
     "wrong-key": (
@@ -215,4 +231,8 @@ def test_a_host_that_is_not_fit_is_told_before_ranks_start(
         network.start_sshd("node2")
     assert message in launch.output, launch.output
     assert "Traceback" not in launch.output
-    assert "node1:" not in launch.output and not (launch.folder / "logs").exists()
+    assert (
+        "starting" not in launch.output
+        and "node1:" not in launch.output
+        and not (launch.folder / "logs").exists()
+    )
