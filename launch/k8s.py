@@ -8,6 +8,7 @@ and come again.
 
 import argparse
 import re
+import sys
 from pathlib import Path
 
 import yaml
@@ -31,6 +32,7 @@ def main(argv: list[str]) -> None:
     words = parser().parse_intermixed_args(argv)
     check_words(words)
     job = scheduled(words)
+    check_paths(job, words.folder)
     deliver(manifest(job, words), words.out, f"kubectl apply -f {words.out}")
 
 
@@ -58,6 +60,25 @@ def parser() -> argparse.ArgumentParser:
     )
     own.add_argument("--port", type=positive, default=PORT, help=f"where ranks meet (default: {PORT})")
     return own
+
+
+def check_paths(job: Scheduled, folder: str) -> None:
+    """What is outside the volume is another file in each pod, or none, and is lost with the pod."""
+    config = job.run.config
+    corpora = [*config.data.train, *(part for parts in config.data.validation.values() for part in parts)]
+    paths = {"out": config.out}
+    paths |= {f"data: {part.path}": part.path for part in corpora}
+    outside = [
+        f"{name}={path}" if name == "out" else name
+        for name, path in paths.items()
+        if path.startswith("/") and not Path(path).is_relative_to(folder)
+    ]
+    if outside:
+        print(
+            f"warning: {', '.join(outside)}: not below --folder {folder}, where the volume is; use relative paths, name "
+            "the folder under which they lie in the pods, or mount another volume there",
+            file=sys.stderr,
+        )
 
 
 def check_words(words: argparse.Namespace) -> None:

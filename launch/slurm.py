@@ -10,7 +10,7 @@ import re
 import sys
 
 from launch.env import KEEPER_LOGS
-from launch.run import positive
+from launch.run import port
 from launch.scheduled import Scheduled, add_common_words, deliver, scheduled, shell
 from pretrain.errors import RunError
 
@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         help="image for Slurm's pyxis plugin; its `python` is used, not this one",
     )
     own.add_argument(
-        "--port", type=positive, metavar="PORT", help="where ranks meet (default: from the job's number)"
+        "--port", type=port, metavar="PORT", help="where ranks meet (default: from the job's number)"
     )
     own.add_argument(
         "--sbatch",
@@ -54,6 +54,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check_times(words: argparse.Namespace) -> None:
+    for key in ("partition", "account"):
+        value = getattr(words, key)
+        if value is not None and not re.fullmatch(r"[\w.,-]+", value):
+            raise RunError(f"--{key} {value}: not a name of Slurm's; letters, digits, . , - and _ make one")
+    for option in words.sbatch:
+        if not option.startswith("-"):
+            raise RunError(
+                f"--sbatch {option}: an option of sbatch begins with -, such as --sbatch=--constraint=ib"
+            )
     if words.time is None:
         return
     limit_s = seconds(words.time)

@@ -62,6 +62,13 @@ def test_a_pod_gets_gpus_and_shared_memory(run_file: Path) -> None:
     assert "resources" not in container(manifest(run_file, "--cpu"))
 
 
+def test_paths_outside_the_volume_are_warned_of(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest(run_file)
+    assert "not below --folder /workspace, where the volume is" in capsys.readouterr().err
+    manifest(run_file, "--folder", str(run_file.parent.parent))
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_a_deepspeed_json_of_the_users_travels(run_file: Path, tmp_path: Path) -> None:
     own = tmp_path / "mine.json"
     own.write_text((Path("ds_configs") / "zero2.json").read_text())
