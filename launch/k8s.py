@@ -75,7 +75,7 @@ def check_paths(job: Scheduled, folder: str) -> None:
     ]
     if outside:
         print(
-            f"warning: {', '.join(outside)}: not below --folder {folder}, where the volume is; use relative paths, name "
+            f"warning: {', '.join(outside)}: not below --folder {folder}, the volume; use relative paths, name "
             "the folder under which they lie in the pods, or mount another volume there",
             file=sys.stderr,
         )
