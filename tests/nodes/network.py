@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 NEEDED = {
     "ip": "iproute2",
     "sshd": "openssh-server",
@@ -41,6 +43,14 @@ def obstacle() -> str | None:
     made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False)
     subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
     return made.stderr.strip() or None
+
+
+def made(folder: Path, num_nodes: int) -> "Network":
+    """A network; where this system's kernel or policy has none to give, the test is skipped with what it said."""
+    try:
+        return Network(folder, num_nodes)
+    except subprocess.CalledProcessError as refused:
+        pytest.skip(f"no network of namespaces here: {refused.stderr or refused}")
 
 
 class Network:

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from tests.nodes.network import Network, obstacle
+from tests.nodes.network import Network, made, obstacle
 
 pytestmark = pytest.mark.skipif(obstacle() is not None, reason=f"{obstacle()}")
 
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
-    made = Network(tmp_path_factory.mktemp("network"), 3)
-    yield made
-    made.close()
+    network = made(tmp_path_factory.mktemp("network"), 3)
+    yield network
+    network.close()
 
 
 def doctor(network: Network, *words: str) -> tuple[int, dict[str, Any]]:

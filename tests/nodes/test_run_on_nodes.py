@@ -15,7 +15,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.nodes.network import Network, obstacle
+from tests.nodes.network import Network, made, obstacle
 from tests.parity.record import record_raw
 from tests.ranks import RankPool
 from tests.runs import tiny
@@ -31,9 +31,9 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
-    made = Network(tmp_path_factory.mktemp("network"), 3)
-    yield made
-    made.close()
+    network = made(tmp_path_factory.mktemp("network"), 3)
+    yield network
+    network.close()
 
 
 @pytest.fixture
