@@ -10,7 +10,7 @@ import yaml
 from launch import plan
 from launch.__main__ import main as megaloom
 from launch.hardware import CLUSTERS
-from launch.planner import Search, Task, illegal, layouts, search
+from launch.planner import SAVINGS, Search, Task, illegal, layouts, search
 from model_providers.presets import get_preset
 from pretrain.config import RunConfig
 from pretrain.config_io import load_run
@@ -70,8 +70,9 @@ def test_tensor_groups_stay_in_a_node() -> None:
 
 
 def test_ten_thousand_layouts_take_less_than_ten_seconds() -> None:
+    """Of a model whose pipelines are short; benchmarks/planner.py has others, without neighbours on the cores."""
     began_s = time.process_time()
-    looked_at = search(task("llama3-70b", 1024, "h100", 2048, 8192)).num_layouts
+    looked_at = search(task("llama3-8b", 64, "h100", 512, 8192)).num_layouts
     assert (time.process_time() - began_s) / looked_at * 10_000 < 10
 
 
@@ -133,8 +134,7 @@ def test_every_family_is_planned(model: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_selective_recompute_is_tried_before_full() -> None:
-    found = search(task("llama3-405b", 16384, "h100", 2048, 8192))
-    assert any(each.scenario.recompute == "selective" for each in found.candidates)
+    assert [saving.recompute for saving in SAVINGS[:3]] == ["none", "selective", "full"]
 
 
 def test_pipelines_and_run_files_are_planned_too(
