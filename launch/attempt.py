@@ -53,7 +53,7 @@ class Attempt:
     def __init__(self, starts: Sequence[Start], watch: Watch, *, mark: str, hosts: Sequence[Host] = ()):
         self._watch, self._mark, self._hosts = watch, mark, [host.name for host in hosts]
         self._signals = 0
-        self._lines: queue.Queue[tuple[int, bool, str | None]] = queue.Queue()
+        self._lines: queue.Queue[tuple[int, bool, str]] = queue.Queue()
         self._last: dict[int, str] = {}
         self._readers: list[threading.Thread] = []
         self._starts = list(starts)
@@ -125,10 +125,9 @@ class Attempt:
         with contextlib.suppress(queue.Empty):
             number, is_error, line = self._lines.get(timeout=patience_s)
             while True:
-                if line is not None:
-                    self._watch.hear(line, is_error=is_error)
-                    if is_error and line.strip():
-                        self._last[number] = line.strip()
+                self._watch.hear(line, is_error=is_error)
+                if is_error and line.strip():
+                    self._last[number] = line.strip()
                 number, is_error, line = self._lines.get_nowait()
 
     def _look_at_launchers(self) -> None:

@@ -57,7 +57,18 @@ class Supervisor:
         """Start until it is done, asked to stop, or out of restarts; ``resume``: words for all starts but the first."""
         while True:
             more = resume if self.history else ()
-            outcome = self._start([*self.arguments, *more])
+            try:
+                outcome = self._start([*self.arguments, *more])
+            except (
+                RunError
+            ) as fault:  # too few hosts are fit for another start: what failed first is still to be told
+                if not self.history:
+                    raise
+                print(f"no further start: {fault}", file=sys.stderr, flush=True)
+                on_failure(self.history)
+                last = self.history[-1].outcome.failure
+                assert last is not None
+                return last.code
             failure = outcome.failure
             if failure is None:
                 return outcome.code

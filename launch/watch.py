@@ -58,7 +58,6 @@ class RankState:
     held: deque[str] = field(default_factory=lambda: deque(maxlen=HELD_LINES))
     said: deque[str] = field(default_factory=lambda: deque(maxlen=20))
     is_failing: bool = False
-    rest: str = ""
 
 
 class Watch:
@@ -121,10 +120,9 @@ class Watch:
         rank = self.ranks[said.rank]
         stream = self._out if said.stream == "out" else self._err
         if said.stream == "err":
-            is_about_failing = TRACEBACK in said.text or SECOND_HAND.search(said.text) is not None
-            rank.is_failing = rank.is_failing or is_about_failing
+            rank.is_failing = rank.is_failing or TRACEBACK in said.text
             rank.said.append(said.text)
-        if rank.is_failing and said.stream == "err":
+        if said.stream == "err" and (rank.is_failing or SECOND_HAND.search(said.text)):
             rank.held.append(said.text)
             return
         stream.write(said.text)
@@ -132,7 +130,10 @@ class Watch:
 
     def _note(self, beat: Beat) -> None:
         rank, now_s = self.ranks[beat.rank], time.monotonic()
-        if rank.beat is None or beat.step > rank.beat.step:
+        goes_on = (
+            _slowness(beat) > 1 and beat.since_s < self._quiet_s
+        )  # it evaluates, and does not hang in that
+        if rank.beat is None or beat.step > rank.beat.step or goes_on:
             self._moved_s = now_s
         rank.beat, rank.heard_s = beat, now_s
         if beat.step_s:
@@ -141,6 +142,8 @@ class Watch:
     def _end(self, ended: Ended) -> None:
         rank = self.ranks[ended.rank]
         rank.ended = ended
+        if ended.code == 0:  # what looked like a failure was none
+            self._err.write("".join(rank.held))
         if ended.code == 0 or self.is_stopping:
             return
         host = rank.host or ended.host
@@ -188,10 +191,6 @@ class Watch:
         """Steps that all ranks have done."""
         return min((rank.beat.step if rank.beat else 0 for rank in self.ranks), default=0)
 
-    @property
-    def all_ended(self) -> bool:
-        return all(rank.ended is not None for rank in self.ranks)
-
     def stall(self) -> str | None:
         """If no step was done for too long: for how long, and who is behind; None while all is well."""
         if not self._stall_factor or self.is_stopping or self.has_failed:
@@ -231,9 +230,9 @@ class Watch:
 
     @property
     def stall_limit_s(self) -> float:
+        slow = max((_slowness(rank.beat) for rank in self.ranks if rank.beat), default=1.0)
         if not self._step_s:
-            return STARTING_S
-        slow = max((SLOW_PHASES.get(rank.beat.doing, 1.0) for rank in self.ranks if rank.beat), default=1.0)
+            return slow * STARTING_S
         return slow * max(self._stall_floor_s, self._stall_factor * statistics.median(self._step_s))
 
     def late(self) -> str:
@@ -255,13 +254,18 @@ class Watch:
         return odd or [beat for beat in behind if beat.since_s > longest_s - 1.0]
 
 
+def _slowness(beat: Beat) -> float:
+    """How many times a stall's limit what a rank does may take."""
+    return next((times for phase, times in SLOW_PHASES.items() if beat.doing.startswith(phase)), 1.0)
+
+
 def _told(beat: Beat) -> str:
     states = {
         "T": ", and its process is stopped",
         "t": ", and a debugger holds it",
         "D": ", waiting for a disk",
     }
-    doing = "is in" if " " not in beat.doing and beat.doing != EVALUATES else ""
+    doing = "is in" if " " not in beat.doing and _slowness(beat) == 1 else ""
     where = f"rank {beat.rank} on {beat.host} (process {beat.pid})"
     return f"{where} {doing} {beat.doing} since {beat.since_s:.0f} s{states.get(beat.state, '')}".replace(
         "  ", " "

@@ -22,7 +22,8 @@ def evaluate(engine: Engine, source: SampleSource, run: Run) -> float:
     micro_size = train.eval_micro_size or run.micro_size
     steps = evaluation_steps(source, engine.groups, micro_size=micro_size, num_samples=train.eval_samples)
     losses, counts = [], []
-    for batches, num_counted in steps:
+    for number, (batches, num_counted) in enumerate(steps, start=1):
+        engine.timers.heartbeat.doing(f"step {number}")
         losses.append(engine.eval_step(batches, micro_size=micro_size))
         counts.append(num_counted)
     return engine.groups.mean_by(losses, counts)

@@ -69,16 +69,17 @@ class Loop:
                 done = step + 1
                 is_last, asked = done == run.config.train.steps, stop.asked(engine.groups)
                 if is_last or due(done, run.config.train.eval_every):
-                    heartbeat.doing(EVALUATES)
-                    record.losses_by_set = self.evaluate()
+                    with heartbeat.within(EVALUATES):
+                        record.losses_by_set = self.evaluate()
                 if is_last:
-                    record.test_losses = self.test()
+                    with heartbeat.within(EVALUATES):
+                        record.test_losses = self.test()
                 if is_last or asked or record.losses_by_set or self._is_told(done):
                     self._look_inside(record, draw=is_last)
                 self._tell(record, always=is_last or asked)
                 if is_last or asked or due(done, run.config.checkpoint.every):
-                    heartbeat.doing(SAVES)
-                    self.save(done)
+                    with heartbeat.within(SAVES):
+                        self.save(done)
                 if asked and not is_last:
                     log.info("saved step %d; stopping, as asked", done)
                     return Outcome.SIGNALLED
@@ -86,7 +87,9 @@ class Loop:
 
     def _tell_start(self) -> None:
         """Step 0: nothing is trained yet, so validation losses are all there is."""
-        tell(self.sinks, Record(0, {}, self.evaluate()))
+        with self.engine.timers.heartbeat.within(EVALUATES):
+            losses_by_set = self.evaluate()
+        tell(self.sinks, Record(0, {}, losses_by_set))
 
     def _one_step(self, step: int, metrics: Metrics, guard: FiniteGuard, started_s: float) -> Record:
         run, engine = self.run, self.engine

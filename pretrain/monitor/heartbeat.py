@@ -6,7 +6,8 @@ call of about a microsecond, so every phase of a step is told.  Started without 
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 VARIABLE = "MEGALOOM_HEARTBEAT"
@@ -20,6 +21,7 @@ class Heartbeat:
     def __init__(self, file_number: int | None = None):
         self._file_number = file_number
         self._count = self._step = 0
+        self._within = ""
         self._began_s: float | None = None
         self._step_s = 0.0
 
@@ -36,11 +38,22 @@ class Heartbeat:
         self._step, self._began_s = done, now_s
         self.doing("starts a step")
 
+    @contextmanager
+    def within(self, what: str) -> Iterator[None]:
+        """All that is done inside belongs to ``what``, told in front of it: engines tell phases of their own."""
+        self._within = what
+        self.doing("")
+        try:
+            yield
+        finally:
+            self._within = ""
+
     def doing(self, what: str) -> None:
         """What this rank does now, in a few words."""
         if self._file_number is None:
             return
         self._count += 1
+        what = ": ".join(word for word in (self._within, what) if word)
         record = f"{self._count} {self._step} {self._step_s:.3f} {what}".encode()[: RECORD_BYTES - 1]
         os.pwrite(self._file_number, record.ljust(RECORD_BYTES - 1) + b"\n", 0)
 

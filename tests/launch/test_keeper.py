@@ -1,5 +1,6 @@
 """The keeper of a rank: what it passes on, what it writes, and that the rank never outlives it."""
 
+import contextlib
 import json
 import os
 import signal
@@ -128,6 +129,24 @@ def test_without_a_keeper_a_heartbeat_writes_nowhere(tmp_path: Path) -> None:
         Heartbeat(file.fileno()).doing("a very long story " * 50)
         told = read(file.fileno())
         assert told is not None and told.beats == 1 and told.doing.startswith("a very long story")
+
+
+def test_phases_inside_an_evaluation_are_told_as_its_own(tmp_path: Path) -> None:
+    import torch
+
+    from pretrain.monitor.heartbeat import EVALUATES
+    from pretrain.monitor.timers import PhaseTimers
+
+    timers = PhaseTimers(torch.device("cpu"))
+    with (tmp_path / "beats").open("w+b") as file:
+        timers.heartbeat = Heartbeat(file.fileno())
+        for inside in (True, False):
+            with (
+                timers.heartbeat.within(EVALUATES) if inside else contextlib.nullcontext(),
+                timers.phase("forward"),
+            ):
+                told = read(file.fileno())
+            assert told is not None and told.doing == ("evaluates: forward" if inside else "forward")
 
 
 SLEEPER = """

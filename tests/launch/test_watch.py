@@ -121,6 +121,21 @@ def test_a_run_that_does_no_step_names_who_is_late(clock: list[float]) -> None:
     assert told is not None and "rank 1 on n1" in told and "rank 0" not in told
 
 
+def test_an_evaluation_that_goes_on_is_no_stall_and_one_that_hangs_is(clock: list[float]) -> None:
+    """Engines tell their phases inside of it, pipelines each of their passes."""
+    moving = [beat(rank, doing="evaluates: forward", since_s=0.2) for rank in range(4)]
+    assert stalled(clock, *moving, after_s=5000.0) is None
+    hanging = [beat(rank, doing="evaluates: forward", since_s=4990.0) for rank in range(4)]
+    told = stalled(clock, *hanging, after_s=5000.0)
+    assert told is not None and "(process 100) evaluates: forward since" in told
+
+
+def test_what_looked_like_a_failure_is_shown_when_the_rank_ends_well() -> None:
+    heard = Heard().told(Said(0, "err", "retrying: Connection refused\n"), Said(0, "err", "fine again\n"))
+    assert heard.err.getvalue() == "fine again\n", "one line does not silence a rank"
+    assert heard.told(Ended(0, "n1", 0)).err.getvalue().endswith("Connection refused\n")
+
+
 def test_saving_and_evaluating_take_as_long_as_they_take(clock: list[float]) -> None:
     saving = [beat(rank, doing="saves a checkpoint") for rank in range(4)]
     assert stalled(clock, *saving) is None
