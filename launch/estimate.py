@@ -16,6 +16,7 @@ from rich.table import Table
 
 from launch.examined_cluster import described
 from launch.hardware import CLUSTERS, Cluster
+from launch.legality import illegal
 from launch.memory import Memory, RankMemory, memory
 from launch.remedies import Remedy, remedies
 from launch.run import positive
@@ -38,11 +39,15 @@ PIPED_WIDTH = 140
 class Estimate:
     """What follows from a scenario and a device's memory."""
 
-    scenario: Scenario
+    run: Run
     cluster: Cluster | None  # none: no time is told
     memory_gib: float
     reserve_gib: float
     tokens: float | None = None  # to train on
+
+    @cached_property
+    def scenario(self) -> Scenario:
+        return scenario_of(self.run)
 
     @cached_property
     def memory(self) -> Memory:
@@ -63,7 +68,11 @@ class Estimate:
 
     @cached_property
     def remedies(self) -> list[Remedy]:
-        return [] if self.fits else remedies(self.scenario, self.limit_bytes)
+        if self.fits:
+            return []
+        return remedies(
+            self.scenario, self.limit_bytes, lambda edited: illegal(self.run.config, edited) is None
+        )
 
     @property
     def flops_per_token(self) -> float:
@@ -81,11 +90,11 @@ class Estimate:
 def main(argv: list[str]) -> None:
     words = parser().parse_intermixed_args(argv)
     check_words(words)
-    scenario = scenario_of(planned_run(words))
+    run = planned_run(words)
     cluster, memory_gib = cluster_of(words), words.memory_gib
     if memory_gib is None:
         memory_gib = DEVICE_GIB if cluster is None else cluster.device.memory_bytes / GIB
-    estimate = Estimate(scenario, cluster, memory_gib, words.reserve_gib, words.tokens)
+    estimate = Estimate(run, cluster, memory_gib, words.reserve_gib, words.tokens)
     if words.json:
         print(json.dumps(as_json(estimate), indent=2))
         return

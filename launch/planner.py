@@ -10,35 +10,25 @@ groups wider than a node; selective recompute where attention is fused and keeps
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
 from launch.fitting import Fit, fits
 from launch.hardware import Cluster
+from launch.legality import illegal
 from launch.scenario import Scenario
 from launch.step_time import StepTime, step_time
 from model_providers.activation_memory import RecomputeMode
 from model_providers.config import ModelConfig
-from model_providers.layout import Layout, layout_problems
+from model_providers.layout import Layout
 from pretrain import config_rules
 from pretrain.config import Dtype, RunConfig
-from pretrain.config_io import Run
 from pretrain.ds_config import Place
 from pretrain.engine.schedules.catalogue import SCHEDULES
 from pretrain.errors import RunError
-from pretrain.optimizer_rules import Rule
 
 LARGEST_MICRO_SIZE = 32
 MOST_CHUNKS = 8
-# Rules about disks and checkpoints of a run that nobody has started yet.
-ABOUT_PLACES: tuple[Rule, ...] = (
-    config_rules.nvme_needs_a_folder,
-    config_rules.nvme_buffers_hold_the_largest_parameter,
-    config_rules.checkpoints_to_begin_from_are_there,
-    config_rules.output_folder_can_be_made,
-)
-LAYOUT_RULES = tuple(rule for rule in config_rules.RULES if rule not in ABOUT_PLACES)
 
 
 @dataclass(frozen=True)
@@ -115,7 +105,7 @@ def search(task: Task, *, top: int = 10) -> Search:
     fault = ""
     for scenario in scenarios(task):
         num_layouts += 1
-        refused = illegal(task, scenario)
+        refused = illegal(task.config, scenario)
         if refused is not None:
             num_illegal, fault = num_illegal + 1, refused
             continue
@@ -194,55 +184,6 @@ def _expert_sizes(model: ModelConfig, tp: int, dp: int) -> list[tuple[int, int |
     return [(1, None), *((ep, etp) for ep in shared for etp in etps)]
 
 
-def illegal(task: Task, scenario: Scenario) -> str | None:
-    """The first sentence that a run file of this layout would be refused with."""
-    cut = _cannot_be_cut(scenario.model, scenario.layout, scenario.sequence_length, scenario.target_length)
-    if cut is not None:
-        return cut
-    run = as_run(task, scenario)
-    return next((sentence for rule in LAYOUT_RULES if (sentence := rule(run)) is not None), None)
-
-
-@lru_cache(maxsize=65536)
-def _cannot_be_cut(
-    model: ModelConfig, layout: Layout, sequence_length: int, target_length: int | None
-) -> str | None:
-    return next(iter(layout_problems(model, layout, sequence_length, target_length)), None)
-
-
-def as_run(task: Task, scenario: Scenario) -> Run:
-    """A run as far as rules look at it; its JSON is not completed."""
-    layout = scenario.layout
-    stated = task.config.layout.model_copy(
-        update={
-            "tp": layout.tp,
-            "pp": layout.pp,
-            "ep": layout.ep,
-            "etp": layout.etp,
-            "sequence_parallel": layout.sequence_parallel,
-            "chunks": layout.chunks,
-            "schedule": scenario.schedule,
-        }
-    )
-    recompute = task.config.recompute.model_copy(update={"mode": scenario.recompute})
-    zero: dict[str, object] = {"stage": scenario.zero_stage}
-    for section, place in (
-        ("offload_optimizer", scenario.offload_optimizer),
-        ("offload_param", scenario.offload_parameters),
-    ):
-        if place != "none":
-            zero[section] = {"device": place}
-    document = {
-        "zero_optimization": zero,
-        "train_batch_size": scenario.global_size,
-        "train_micro_batch_size_per_gpu": scenario.micro_size,
-        "gradient_accumulation_steps": scenario.num_micro_batches,
-        "gradient_clipping": task.config.optimizer.gradient_clipping,
-    }
-    config = task.config.model_copy(update={"layout": stated, "recompute": recompute})
-    return Run(config, document, layout, {})
-
-
 def _with_least_savings(task: Task, scenario: Scenario) -> tuple[Scenario | None, Fit, int]:
     """The scenario with as little recompute and offload as makes it fit, its memory, and how many were tried."""
     tried = 1
@@ -251,7 +192,7 @@ def _with_least_savings(task: Task, scenario: Scenario) -> tuple[Scenario | None
         return scenario, memory, tried
     for saving in SAVINGS[1:]:
         saved = replace(scenario, **saving._asdict())
-        if illegal(task, saved) is not None:
+        if illegal(task.config, saved) is not None:
             continue
         tried += 1
         memory = min(memory, fits(saved, task.cluster), key=lambda each: each.total_bytes)

@@ -11,8 +11,6 @@ from typing import Any
 from launch.memory import memory
 from launch.scenario import Scenario
 from model_providers.errors import ModelError
-from model_providers.layout import layout_problems
-from pretrain.engine.schedules.catalogue import schedule_fault
 
 MOST_TOLD = 3
 MOST_TP = 8  # ranks that share one machine's fast links
@@ -30,17 +28,17 @@ class Remedy:
 Edit = Callable[[Scenario], tuple[str, Scenario] | None]
 
 
-def remedies(scenario: Scenario, limit_bytes: float) -> list[Remedy]:
+def remedies(scenario: Scenario, limit_bytes: float, is_legal: Callable[[Scenario], bool]) -> list[Remedy]:
     """The first few that fit; pairs only where no single edit does."""
     singles = [found for edit in EDITS if (found := edit(scenario)) is not None and is_legal(found[1])]
     fitting = [one for one in (_tried((word,), edited) for word, edited in singles) if one is not None]
     fitting = [one for one in fitting if one.device_bytes <= limit_bytes]
     if not fitting:
-        fitting = [one for one in _pairs(scenario) if one.device_bytes <= limit_bytes]
+        fitting = [one for one in _pairs(scenario, is_legal) if one.device_bytes <= limit_bytes]
     return fitting[:MOST_TOLD]
 
 
-def _pairs(scenario: Scenario) -> Iterator[Remedy]:
+def _pairs(scenario: Scenario, is_legal: Callable[[Scenario], bool]) -> Iterator[Remedy]:
     for first, second in combinations(EDITS, 2):
         once = first(scenario)
         twice = None if once is None else second(once[1])
@@ -56,31 +54,6 @@ def _tried(words: tuple[str, ...], edited: Scenario) -> Remedy | None:
         return Remedy(words, edited, memory(edited).heaviest.device.total)
     except ModelError:  # a partition that was given for another number of stages
         return None
-
-
-def is_legal(scenario: Scenario) -> bool:
-    """Whether a run could be like this, as pretrain/config_rules.py judges."""
-    layout = scenario.layout
-    if layout_problems(scenario.model, layout, scenario.sequence_length, scenario.target_length):
-        return False
-    is_pipeline = layout.pp > 1
-    if is_pipeline and (scenario.zero_stage == 3 or scenario.offload_parameters != "none"):
-        return False
-    if is_pipeline and scenario.zero_stage == 2 and scenario.model.tie_embeddings:
-        return False
-    if is_pipeline and scenario.zero_stage == 2 and scenario.offload_optimizer != "none":
-        return False
-    if scenario.recompute == "selective" and scenario.model.position_embedding == "relative":
-        return False
-    return not is_pipeline or (
-        schedule_fault(
-            scenario.schedule,
-            stages=layout.pp,
-            chunks=layout.chunks,
-            num_micro_batches=scenario.num_micro_batches,
-        )
-        is None
-    )
 
 
 def _sequence_parallel(scenario: Scenario) -> tuple[str, Scenario] | None:

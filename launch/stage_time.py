@@ -33,7 +33,7 @@ def stages_of(scenario: Scenario, cluster: Cluster, software: Software) -> Stage
     layers = _cached_layer_times(_what_a_layer_knows(scenario), cluster, software)
     costs = _cached_costs(scenario.model, scenario.sequence_length, scenario.target_length)
     clock, layout = LayerClock(scenario, cluster), scenario.layout
-    bounds = stage_bounds(scenario)
+    bounds = scenario.stage_bounds
     known: dict[tuple[object, ...], LayerTime] = {}
     times, dense, experts = [], [], []
     for start, end in pairwise(bounds):
@@ -89,30 +89,6 @@ def _cached_layer_times(scenario: Scenario, cluster: Cluster, software: Software
 @lru_cache(maxsize=256)
 def _cached_costs(model: ModelConfig, sequence_length: int, target_length: int | None) -> list[LayerCost]:
     return layer_costs(model, sequence_length, target_length=target_length)
-
-
-def stage_bounds(scenario: Scenario) -> tuple[int, ...]:
-    """`Scenario.stage_bounds`, remembered for all scenarios that are cut alike."""
-    virtual = scenario.layout.virtual_stages
-    alike = replace(
-        scenario,
-        layout=scenario.layout.model_copy(
-            update={"tp": 1, "dp": 1, "ep": 1, "etp": None, "pp": virtual, "chunks": 1, "placement": "loop"}
-        ),
-        micro_size=1,
-        num_micro_batches=1,
-        schedule="1f1b",
-        zero_stage=1,
-        recompute="none",
-        offload_optimizer="none",
-        offload_parameters="none",
-    )
-    return _cached_bounds(alike)
-
-
-@lru_cache(maxsize=1024)
-def _cached_bounds(scenario: Scenario) -> tuple[int, ...]:
-    return scenario.stage_bounds
 
 
 def by_rank(scenario: Scenario, stages: Stages) -> list[LayerTime]:

@@ -53,6 +53,7 @@ WITHOUT_TORCH = (
     "launch.fitting",
     "launch.hardware",
     "launch.layer_time",
+    "launch.legality",
     "launch.links",
     "launch.pipeline_time",
     "launch.plan",

@@ -8,13 +8,14 @@ import pytest
 
 from launch.__main__ import main as megaloom
 from launch.estimate import main
+from launch.legality import illegal
 from launch.memory import memory
-from launch.remedies import EDITS, is_legal, remedies
+from launch.remedies import EDITS, remedies
 from launch.scenario import Scenario
 from model_providers.cost import parameters, train_flops_per_token
 from model_providers.layout import Layout
 from model_providers.presets import get_preset
-from pretrain.config_io import make_run
+from pretrain.config_io import make_run, run_with
 from pretrain.errors import RunError
 from tests.runs import tiny
 
@@ -94,9 +95,21 @@ def test_a_hopeless_case_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no one or two edits make it fit on these ranks" in capsys.readouterr().out
 
 
+def is_legal(scenario: Scenario, **facts: Any) -> bool:
+    raw = {"model": {"preset": "llama3-8b"}, "data": {"train": "corpus", "sequence_length": 8192}, **facts}
+    raw |= {"train": {"steps": 1}, "precision": "bf16", "batch": {"micro_size": 1}}
+    return illegal(run_with(raw, [], world_size=1, run_name="none", is_planned=True).config, scenario) is None
+
+
+def test_what_is_advised_is_judged_by_the_rules_of_runs() -> None:
+    """Such as one that concerns the optimizer, of which a scenario knows nothing."""
+    split = Scenario(get_preset("llama3-8b"), Layout(tp=2, dp=4), 8192)
+    assert is_legal(split) and not is_legal(split, optimizer={"type": "Muon", "gradient_clipping": 0})
+
+
 def test_every_edit_keeps_the_samples_of_a_step_and_helps() -> None:
     scenario = Scenario(
-        get_preset("llama3-8b"), Layout(tp=2, dp=32), 8192, micro_size=2, num_micro_batches=16, zero_stage=0
+        get_preset("llama3-8b"), Layout(tp=2, dp=32), 8192, micro_size=2, num_micro_batches=16, zero_stage=1
     )
     before = memory(scenario).heaviest.device.total
     tried = [found for edit in EDITS if (found := edit(scenario)) is not None and is_legal(found[1])]
@@ -109,7 +122,7 @@ def test_every_edit_keeps_the_samples_of_a_step_and_helps() -> None:
 
 def test_remedies_fit() -> None:
     scenario = Scenario(get_preset("llama3-70b"), Layout(tp=4, dp=16), 8192, num_micro_batches=8)
-    found = remedies(scenario, 76 * GIB)
+    found = remedies(scenario, 76 * GIB, is_legal)
     assert found
     assert all(memory(remedy.scenario).heaviest.device.total <= 76 * GIB for remedy in found)
 

@@ -10,7 +10,8 @@ import yaml
 from launch import plan
 from launch.__main__ import main as megaloom
 from launch.hardware import CLUSTERS
-from launch.planner import SAVINGS, Search, Task, illegal, layouts, search
+from launch.legality import illegal
+from launch.planner import SAVINGS, Search, Task, layouts, search
 from model_providers.presets import get_preset
 from pretrain.config import RunConfig
 from pretrain.config_io import load_run
@@ -35,7 +36,7 @@ def found() -> Search:
 
 def test_what_is_planned_is_legal_and_fits(found: Search) -> None:
     for each in found.candidates:
-        assert illegal(found.task, each.scenario) is None
+        assert illegal(found.task.config, each.scenario) is None
         assert each.memory.fits
         assert each.scenario.layout.world_size == 16 and each.scenario.global_size == 128
         assert not (each.scenario.layout.pp > 1 and each.scenario.zero_stage == 3)
