@@ -32,10 +32,10 @@ COMMANDS = {
     ),
     "data": Command("data_tools.corpus_commands", "inspect, merge or verify tokenised corpora"),
     "run": Command(
-        "launch.run", "check a run file, then train it through the deepspeed launcher on this machine"
+        "launch.run", "check a run file, then train it through the deepspeed launcher, here or on many hosts"
     ),
     "estimate": Command(
-        "launch.estimate", "what a run takes of each rank's memory, and which edits would make it fit"
+        "launch.estimate", "what a run takes of memory and time, and which edits would make it fit"
     ),
     "doctor": Command(
         "launch.doctor", "examine this machine, or all hosts of a hostfile: what is broken, and the fix"
