@@ -17,6 +17,7 @@ from pretrain.ds_config import offload_place, optimizer_is_offloaded
 from pretrain.engine.schedules.catalogue import SCHEDULES, schedule_fault
 from pretrain.errors import RunError
 from pretrain.expert_rules import EXPERT_RULES
+from pretrain.fp8_rules import FP8_RULES
 from pretrain.nested import get
 from pretrain.objective_rules import OBJECTIVE_RULES
 from pretrain.optimizer_rules import OPTIMIZER_RULES, Rule
@@ -94,6 +95,8 @@ def device_faults(run: "Run", device_type: str) -> list[str]:
         found.append("optimizer.type=Lamb: DeepSpeed has it for GPUs only; use AdamW or Lion here")
     if run.config.kernels == "te" and device_type == "cpu":
         found.append("kernels=te: Transformer Engine needs CUDA; use kernels=auto or kernels=torch here")
+    if run.config.fp8 is not None and run.config.fp8.backend == "te" and device_type == "cpu":
+        found.append("fp8.backend=te: Transformer Engine needs CUDA; use fp8.backend=auto or torch here")
     return found
 
 
@@ -345,6 +348,7 @@ RULES: tuple[Rule, ...] = (
     partitioned_messages_need_whole_activations,
     checkpoints_to_begin_from_are_there,
     output_folder_can_be_made,
+    *FP8_RULES,
     *EXPERT_RULES,
     *OBJECTIVE_RULES,
     *OPTIMIZER_RULES,

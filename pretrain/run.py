@@ -161,6 +161,7 @@ def make_plan(run: Run, groups: Groups) -> LayerPlan:
         kernels=config.kernels,
         recompute=Recompute(config.recompute.mode, config.recompute.every),
         nodes=groups.experts.nodes,
+        fp8=config.fp8,
     )
 
 
