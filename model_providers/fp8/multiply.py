@@ -14,7 +14,7 @@ EIGHT_BITS = (E4M3.dtype, E5M2.dtype)
 
 def multiply(a: Quantised, b: Quantised, dtype: torch.dtype, *, is_precise: bool = True) -> torch.Tensor:
     """[m k] x [n k] -> [m n]; ``is_precise``: sums in fp32 throughout, which gradients want (Hopper can do less)."""
-    if has_kernel(a, b):
+    if has_kernel(a, b) and dtype != torch.float64:
         return torch._scaled_mm(
             a.payload,
             b.payload.t(),
@@ -23,7 +23,7 @@ def multiply(a: Quantised, b: Quantised, dtype: torch.dtype, *, is_precise: bool
             out_dtype=dtype,
             use_fast_accum=a.payload.is_cuda and not is_precise,
         )
-    wide = dtype if a.payload.is_cuda else torch.float32
+    wide = dtype if a.payload.is_cuda or dtype == torch.float64 else torch.float32
     product = a.values(wide) @ b.values(wide).t()
     return (product * (a.unit * b.unit)).to(dtype)
 
