@@ -25,6 +25,7 @@ from tests.runs import tiny
 from tests.thorough import cells
 
 DROPOUT = {"model__hidden_dropout": 0.1, "model__attention_dropout": 0.1}
+DELAYED = {"recipe": "delayed", "amax_history": 4}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one-zero0": (1, {"deepspeed": "zero0.json"}),
     "dp2-zero1-bf16": (2, {"deepspeed": "zero1.json", "precision": "bf16"}),
@@ -36,11 +37,16 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2-zero0": (2, {"layout": {"pp": 2}, "deepspeed": "zero0.json"}),
     "pp2-dp2-bf16": (4, {"layout": {"pp": 2}, "deepspeed": "pipeline.json", "precision": "bf16"}),
     "dp2-zero2-cpu": (2, {"deepspeed": "zero2_cpu_offload.json"}),
+    "pp2-fp8": (
+        2,
+        {"layout": {"pp": 2}, "deepspeed": "pipeline.json", "precision": "bf16", "fp8": DELAYED},
+    ),
+    "dp2-zero3-fp8": (2, {"deepspeed": "zero3.json", "fp8": DELAYED}),
     "dp2-lion": (2, {"optimizer__type": "Lion", "optimizer__lr": 1e-4}),
 }
 
 
-RARE = ("dp2-zero3-bf16", "pp2-zero0", "dp2-zero2-cpu", "dp2-lion", "tp2+sp")
+RARE = ("dp2-zero3-fp8", "dp2-zero3-bf16", "pp2-zero0", "dp2-zero2-cpu", "dp2-lion", "tp2+sp")
 
 
 def train(raw: dict[str, Any], stop_after: int | None = None) -> tuple[list[float], list[float], Tensors]:
