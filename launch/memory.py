@@ -21,6 +21,7 @@ from launch.model_states import Held, StateBytes, states
 from launch.scenario import Scenario
 from model_providers.config import ModelConfig
 from model_providers.layout import Layout
+from model_providers.tensor_shapes import TensorShape, layer_shapes, word_shape
 from model_providers.tensor_shares import LayerShare, layer_shares, word_share
 from pretrain.config_rules import SPLIT_BACKWARD
 
@@ -113,7 +114,16 @@ def held_by(model: ModelConfig, layout: Layout, spans: tuple[Span, ...]) -> Held
         largest_tensor=_largest_tensor(model, layout),
         gathered=gathered_elements(here, model.hidden_size),
         bucket=_bucket(model, layout),
+        tensors=_tensors(model, layout, spans, has_copy=copied > 0),
     )
+
+
+def _tensors(
+    model: ModelConfig, layout: Layout, spans: tuple[Span, ...], *, has_copy: bool
+) -> tuple[TensorShape, ...]:
+    shapes = layer_shapes(model, tp=layout.tp, ep=layout.ep, etp=layout.expert_tp)
+    found = [shape for start, stop in spans for layer in shapes[start:stop] for shape in layer]
+    return tuple([*found, word_shape(model, layout.tp)] if has_copy else found)
 
 
 def _chunk(shares: tuple[LayerShare, ...], span: Span) -> int:

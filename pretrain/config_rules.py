@@ -19,7 +19,7 @@ from pretrain.errors import RunError
 from pretrain.expert_rules import EXPERT_RULES
 from pretrain.nested import get
 from pretrain.objective_rules import OBJECTIVE_RULES
-from pretrain.optimizer_rules import OPTIMIZER_RULES, Rule
+from pretrain.optimizer_rules import OPTIMIZER_RULES, Rule, missing_package
 
 AUTO_SCHEDULE = "auto"  # measured and chosen on the ranks, see engine/auto_schedule.py
 SPLIT_BACKWARD = ("zb-h1", "zb-v", "interleaved-zb")
@@ -92,6 +92,9 @@ def device_faults(run: "Run", device_type: str) -> list[str]:
         )
     if run.config.optimizer.type.lower() == "lamb" and device_type == "cpu":
         found.append("optimizer.type=Lamb: DeepSpeed has it for GPUs only; use AdamW or Lion here")
+    missing = missing_package(run)
+    if missing is not None:
+        found.append(missing)
     if run.config.kernels == "te" and device_type == "cpu":
         found.append("kernels=te: Transformer Engine needs CUDA; use kernels=auto or kernels=torch here")
     return found

@@ -1,6 +1,7 @@
 """`megaloom estimate` answers on any machine, and its advice is tried."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from model_providers.layout import Layout
 from model_providers.presets import get_preset
 from pretrain.config_io import make_run, run_with
 from pretrain.errors import RunError
+from pretrain.optimizer_facts import OptimizerChoice
 from tests.runs import tiny
 
 GIB = 2**30
@@ -102,9 +104,9 @@ def is_legal(scenario: Scenario, **facts: Any) -> bool:
 
 
 def test_what_is_advised_is_judged_by_the_rules_of_runs() -> None:
-    """Such as one that concerns the optimizer, of which a scenario knows nothing."""
+    """Such as one that concerns the optimizer."""
     split = Scenario(get_preset("llama3-8b"), Layout(tp=2, dp=4), 8192)
-    assert is_legal(split) and not is_legal(split, optimizer={"type": "Muon", "gradient_clipping": 0})
+    assert is_legal(split) and not is_legal(replace(split, optimizer=OptimizerChoice("muon")))
 
 
 def test_every_edit_keeps_the_samples_of_a_step_and_helps() -> None:
