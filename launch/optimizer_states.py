@@ -105,7 +105,10 @@ def _of_adafactor(group: Group, zero_stage: int) -> int:
 
 
 def _of_galore(choice: OptimizerChoice, group: Group, zero_stage: int, copies: int) -> int:
-    shapes = [galore_shape(one.lengths, choice.rank, is_hidden=one.is_hidden) for one in group]
+    shapes = [
+        galore_shape(one.lengths, choice.rank, is_hidden=one.is_hidden or choice.projects_embeddings)
+        for one in group
+    ]
     if zero_stage == 0:
         return FP32 * sum(_galore_numbers(shape, shape.rows, choice.rank) for shape in shapes)
     return FP32 * max(_galore_by_rank(shapes, _elements(group, zero_stage, copies), copies, choice.rank))

@@ -92,7 +92,7 @@ class _Shapes(NamedTuple):
         yield [
             *self._embedding(has_types=False),
             *self._norm(h),
-            TensorShape((g, h), is_hidden=True, is_embedding=True),
+            TensorShape((g, h), is_embedding=True),
             TensorShape((g,), is_embedding=True),
         ]
         inner = _Shapes(small, self.tp, 1, 1)

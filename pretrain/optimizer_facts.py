@@ -16,7 +16,7 @@ CPU_OFFLOADABLE = ("Adam", "AdamW", "Lion", "Adagrad")
 # deepspeed/runtime/zero/utils.py, ZERO_SUPPORTED_OPTIMIZERS.
 TRIED_BY_DEEPSPEED = {"adam", "adamw", "lion", "muon", "adagrad"}
 # By us, in tests/parity: those that change each number by itself, and those that engine/ has taught to see rows.
-TRIED_HERE = {"adamw8bit", "sgd", "radam", "adafactor", "galore"}
+TRIED_HERE = {"lion", "adamw8bit", "sgd", "radam", "adafactor", "galore"}
 BY_ROWS = {"adafactor", "galore"}  # sees partitions as rows under ZeRO 1 and 2
 
 LIGHT_PACKAGE = "bitsandbytes"
@@ -32,6 +32,7 @@ class GaLoreDefaults(NamedTuple):
     rank: int = 128
     update_gap: int = 200
     scale: float = 0.25
+    embeddings: bool = False  # project embeddings and heads too
 
 
 def canonical(kind: str) -> str:
@@ -74,6 +75,10 @@ def _at_least_1(value: Any) -> str | None:
     return None if isinstance(value, int | float) and value >= 1 else "a number of 1 or more"
 
 
+def _yes_or_no(value: Any) -> str | None:
+    return None if isinstance(value, bool) else "true or false"
+
+
 def _two_small_ones(value: Any) -> str | None:
     """torch.optim.Adafactor's eps."""
     is_pair = isinstance(value, list | tuple) and len(value) == 2
@@ -85,7 +90,7 @@ def _two_small_ones(value: Any) -> str | None:
 # Of optimizer.params, beside lr, betas, eps and weight_decay: what is wrong with a value, or None.
 LIGHT_PARAMETERS: dict[str, dict[str, Callable[[Any], str | None]]] = {
     "AdamW8bit": {"min_8bit_size": _count},
-    "GaLore": {"rank": _count, "update_gap": _count, "scale": _above_0},
+    "GaLore": {"rank": _count, "update_gap": _count, "scale": _above_0, "embeddings": _yes_or_no},
     "Adafactor": {"beta2_decay": _at_most_0, "eps": _two_small_ones, "d": _at_least_1},
 }
 
@@ -98,6 +103,7 @@ class OptimizerChoice(NamedTuple):
     decays_embeddings: bool = True
     has_momentum: bool = False  # of those for which that is a choice
     rank: int = 128
+    projects_embeddings: bool = False
     min_8bit_size: int = SMALLEST_IN_8_BIT
 
 
@@ -114,5 +120,6 @@ def choice_of(
         decay_embeddings,
         bool(params.get("momentum")),
         galore_params(params).rank,
+        galore_params(params).embeddings,
         params.get("min_8bit_size", SMALLEST_IN_8_BIT),
     )

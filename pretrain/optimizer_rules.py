@@ -123,7 +123,9 @@ def tied_copies_take_the_same_steps(run: "Run") -> str | None:
         return None
     if kind == "AdamW8bit":
         why = "the two stages that hold the embedding would round it in other blocks of 256, and part"
-    elif kind == "Adafactor" and run.layout.dp > 1:
+    elif run.layout.dp > 1 and (
+        kind == "Adafactor" or (kind == "GaLore" and run.config.optimizer.params.get("embeddings"))
+    ):
         why = "the two stages that hold the embedding would sum its rows in another order, and part"
     else:
         return None

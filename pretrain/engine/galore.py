@@ -19,7 +19,7 @@ from pretrain.optimizer_facts import galore_shape
 
 
 class GaLore(MatrixOptimizer):
-    """``hidden``: ids of the parameters that may be projected; those of which a side has ``rank`` or less are not."""
+    """``hidden``: ids of the matrices that may be projected; those of which a side has ``rank`` or less are not."""
 
     def __init__(
         self,
@@ -33,6 +33,7 @@ class GaLore(MatrixOptimizer):
         rank: int,
         update_gap: int,
         scale: float,
+        embeddings: bool = False,  # whether ``hidden`` has them
     ):
         self._hidden, self._rank = hidden, rank
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
@@ -46,13 +47,13 @@ class GaLore(MatrixOptimizer):
     ) -> None:
         """AdamW on what is projected and on what is not; one partition, or one parameter."""
         state = self._state(parameter, tensors, group["rank"])
+        rows = tensors.whole_rows(gradient)
         if state["step"] % group["update_gap"] == 0:
-            self._renew(gradient, state, tensors, group["rank"])
+            self._renew(rows, state, tensors, group["rank"])
         state["step"] += 1
         bases = self._bases(state["bases"], tensors, group["rank"])
         sizes = [piece.rows * _width(piece, group["rank"]) for piece in tensors.here]
         moments = zip(state["first_moments"].split(sizes), state["second_moments"].split(sizes), strict=True)
-        rows = tensors.whole_rows(gradient)
         for matrix, basis, piece, both in zip(rows, bases, tensors.here, moments, strict=True):
             seen = matrix if basis is None else matrix @ basis
             step = adam_direction(seen, *both, group, state["step"])
@@ -75,20 +76,19 @@ class GaLore(MatrixOptimizer):
             )
         return state
 
-    def _renew(self, gradient: torch.Tensor, state: dict[str, Any], tensors: Slices, rank: int) -> None:
+    def _renew(self, rows: list[torch.Tensor], state: dict[str, Any], tensors: Slices, rank: int) -> None:
         """Bases from this step's gradients, matrix by matrix; collective."""
         bases = self._bases(state["bases"], tensors, rank)
-        here = {piece.tensor: (piece, basis) for piece, basis in zip(tensors.here, bases, strict=True)}
+        here = {piece.tensor: place for place, piece in enumerate(tensors.here)}
         for index, shape in enumerate(tensors.shapes):
-            if shape.columns == 1:
+            if not is_projected(shape):
                 continue
-            whole = gradient.new_zeros(shape.rows, shape.columns)
-            piece, basis = here.get(index, (None, None))
-            if piece is not None:
-                tensors.own(whole[piece.first :], piece).copy_(tensors.part(gradient, piece))
-            tensors.sum(whole)
-            if basis is not None:
-                basis.copy_(right_singular_vectors(whole, rank))
+            place = here.get(index)
+            mine = rows[0].new_zeros(0, shape.columns) if place is None else rows[place]
+            piece = None if place is None else tensors.here[place]
+            summed = tensors.sum(_summand(mine, piece, shape))
+            if place is not None and (basis := bases[place]) is not None:
+                basis.copy_(_leading(summed, shape, rank))
 
     @staticmethod
     def _bases(flat: torch.Tensor, tensors: Slices, rank: int) -> list[torch.Tensor | None]:
@@ -111,26 +111,38 @@ def adam_direction(
     return (first / (1 - beta1**step)).div_(root).view_as(seen)
 
 
-def is_projected(piece: RowSlice) -> bool:
-    return piece.columns > 1
+def is_projected(one: RowSlice | Shape) -> bool:
+    return one.columns > 1
 
 
 def _width(piece: RowSlice, rank: int) -> int:
     return rank if is_projected(piece) else 1
 
 
-def right_singular_vectors(matrix: torch.Tensor, rank: int) -> torch.Tensor:
-    """[rows columns] -> [columns rank], orthonormal, largest first; each with its largest number positive.
+def _summand(rows: torch.Tensor, piece: RowSlice | None, shape: Shape) -> torch.Tensor:
+    """What sums over ranks to G'G [columns columns] of a tall gradient, and to a wide one itself, in fp64.
 
-    From the eigenvectors of the smaller of G'G and GG', in a fraction of an SVD's time; in fp64, since a product with
-    itself squares the condition.  Without the sign, two layouts could take opposite vectors for the same.
+    A product with itself squares the condition, and a layout's rounding could turn small vectors.
     """
-    wide = matrix.double()
-    rows, columns = wide.shape
-    if columns <= rows:
-        vectors = torch.linalg.eigh(wide.T @ wide).eigenvectors[:, -rank:].flip(1)
+    owned = rows if piece is None else rows[piece.first_owned - piece.first :]
+    if shape.columns <= shape.rows:
+        return owned.double().T @ owned.double()
+    whole = rows.new_zeros(shape.rows, shape.columns, dtype=torch.float64)
+    if piece is not None:
+        whole[piece.first_owned : piece.last] = owned.double()
+    return whole
+
+
+def _leading(summed: torch.Tensor, shape: Shape, rank: int) -> torch.Tensor:
+    """The first right singular vectors [columns rank], largest first, each with its largest number positive.
+
+    From eigenvectors of the smaller of G'G and GG', in a fraction of an SVD's time.  Without the sign, two layouts
+    could take opposite vectors for the same.
+    """
+    if shape.columns <= shape.rows:
+        vectors = torch.linalg.eigh(summed).eigenvectors[:, -rank:].flip(1)
     else:
-        left = torch.linalg.eigh(wide @ wide.T).eigenvectors[:, -rank:].flip(1)
-        vectors = torch.linalg.qr(wide.T @ left).Q
+        left = torch.linalg.eigh(summed @ summed.T).eigenvectors[:, -rank:].flip(1)
+        vectors = torch.linalg.qr(summed.T @ left).Q
     largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
-    return (vectors * largest.sign()).to(matrix.dtype)
+    return vectors * largest.sign()

@@ -18,8 +18,19 @@ from pretrain.ds_config import optimizer_is_offloaded
 from pretrain.engine.adafactor import ShardedAdafactor
 from pretrain.engine.galore import GaLore
 from pretrain.engine.groups import Groups
+from pretrain.engine.layers import tied_names
 from pretrain.engine.matrix_optimizer import MatrixOptimizer, Spread
 from pretrain.optimizer_facts import LIGHT_PACKAGE, galore_params
+
+
+class CPULion(DeepSpeedCPULion):
+    """DeepSpeed's, less the second moments that it makes at the first step and never reads."""
+
+    def step(self, closure: Any = None) -> Any:
+        result = super().step(closure)
+        for state in self.state.values():
+            state.pop("exp_avg_sq", None)
+        return result
 
 
 def client_optimizer(
@@ -31,13 +42,15 @@ def client_optimizer(
     of whole tensors is torch's, of ZeRO's partitions ours.
     """
     kind, params = document["optimizer"]["type"], document["optimizer"]["params"]
-    if kind.lower() == "lion" and device.type == "cpu" and not optimizer_is_offloaded(document):
-        return DeepSpeedCPULion(groups, **params)
+    if kind == "Lion" and (device.type == "cpu" or optimizer_is_offloaded(document)):
+        return CPULion(groups, **params)
     if kind == "AdamW8bit":
         return importlib.import_module(f"{LIGHT_PACKAGE}.optim").AdamW8bit(groups, **params)
     if kind == "GaLore":
-        hidden = {id(parameter) for parameter in hidden_matrices(module)}
-        return GaLore(groups, hidden=hidden, **{**params, **galore_params(params)._asdict()})
+        settings = galore_params(params)
+        hidden = hidden_matrices(module, embeddings=settings.embeddings)
+        projected = {id(parameter) for parameter in hidden}
+        return GaLore(groups, hidden=projected, **{**params, **settings._asdict()})
     if kind == "Adafactor" and document["zero_optimization"]["stage"]:
         return ShardedAdafactor(groups, **params)
     return None
@@ -61,13 +74,15 @@ def set_flags(config: DeepSpeedConfig, module: nn.Module) -> None:
             parameter.use_muon = False  # type: ignore[attr-defined]
 
 
-def hidden_matrices(module: nn.Module) -> list[nn.Parameter]:
-    """What is neither an embedding, nor a head, nor a vector."""
+def hidden_matrices(module: Any, *, embeddings: bool = False) -> list[nn.Parameter]:
+    """What is no vector, and neither embedding nor head unless ``embeddings``."""
     outer = {id(parameter) for parameter in heads(module.named_parameters())}
+    tied = tied_names(module.plan)
     return [
         parameter
         for name, parameter in module.named_parameters()
-        if parameter.dim() == 2 and "embed" not in name and id(parameter) not in outer
+        if parameter.dim() == 2
+        and (embeddings or not ("embed" in name or name in tied or id(parameter) in outer))
     ]
 
 

@@ -8,11 +8,11 @@ import torch.distributed as dist
 from torch.optim import Adafactor
 
 from pretrain.engine.adafactor import ShardedAdafactor
-from pretrain.engine.galore import GaLore, right_singular_vectors
+from pretrain.engine.galore import GaLore
 from pretrain.engine.matrix_optimizer import MatrixOptimizer, Spread
 from tests.ranks import RankPool
 
-SHAPES = ((7, 5), (11,), (4, 9), (1, 6), (13, 8))
+SHAPES = ((7, 5), (11,), (4, 9), (1, 6), (13, 8))  # tall, a vector, wide, one row, tall
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
 GALORE: dict[str, Any] = {**SETTINGS, "rank": 3, "update_gap": 2, "scale": 0.5}
 STEPS = 5
@@ -115,12 +115,19 @@ def in_partitions_of(kind: str) -> list[torch.Tensor]:
     return in_partitions(kind)
 
 
-@pytest.mark.parametrize("shape", [(12, 5), (5, 12), (6, 6)])
-def test_singular_vectors_are_those_of_the_decomposition(shape: tuple[int, int]) -> None:
-    torch.manual_seed(3)
-    matrix = torch.randn(shape)
-    vectors = right_singular_vectors(matrix, 3)
-    expected = torch.linalg.svd(matrix).Vh[:3].T
-    torch.testing.assert_close(vectors.abs(), expected.abs(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(vectors.T @ vectors, torch.eye(3), rtol=0, atol=1e-5)
-    assert (vectors.gather(0, vectors.abs().argmax(0, keepdim=True)) > 0).all()
+def test_moments_of_a_projected_matrix_have_as_many_columns_as_the_rank() -> None:
+    parameter = torch.nn.Parameter(torch.randn(20, 10))
+    optimizer = GaLore([{"params": [parameter]}], hidden={id(parameter)}, **GALORE)
+    stepped_once(optimizer, parameter)
+    state = optimizer.state[parameter]
+    assert (
+        state["first_moments"].numel() == 20 * GALORE["rank"]
+        and state["bases"].numel() == 10 * GALORE["rank"]
+    )
+    basis = state["bases"].view(10, GALORE["rank"])
+    torch.testing.assert_close(basis.T @ basis, torch.eye(GALORE["rank"]), rtol=0, atol=1e-5)
+
+
+def stepped_once(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> None:
+    parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
