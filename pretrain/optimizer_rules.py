@@ -159,6 +159,18 @@ def muon_needs_whole_matrices(run: "Run") -> str | None:
     return None
 
 
+def muon_has_no_bf16_sums_apart(run: "Run") -> str | None:
+    """deepspeed/runtime/bf16_optimizer.py, __init__: not with a layout that is told from outside."""
+    precision = run.config.precision
+    is_muon = run.config.optimizer.type.lower() == "muon"
+    if is_muon and run.zero_stage == 1 and (precision.dtype, precision.accumulate) == ("bf16", "fp32"):
+        return (
+            "optimizer.type=Muon with precision.dtype=bf16 and zero_optimization.stage=1: DeepSpeed's optimizer of "
+            "that stage does not take it; use stage 2"
+        )
+    return None
+
+
 def muon_wants_whole_gradients(run: "Run") -> str | None:
     zero = run.deepspeed["zero_optimization"]
     if run.config.optimizer.type.lower() == "muon" and zero["stage"] == 3 and zero.get("reduce_scatter"):
@@ -212,6 +224,7 @@ OPTIMIZER_RULES: tuple[Rule, ...] = (
     light_partitions_lie_in_order,
     tied_copies_take_the_same_steps,
     muon_needs_whole_matrices,
+    muon_has_no_bf16_sums_apart,
     muon_wants_whole_gradients,
     muon_is_not_clipped,
     adagrad_decays_everything_under_zero,

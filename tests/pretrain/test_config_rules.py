@@ -261,6 +261,13 @@ CASES: tuple[tuple[str, int, dict[str, Any], dict[str, Any] | None, str], ...] =
         r"optimizer\.type=Muon with layout\.tp=2.*use tp=1 and pp=1",
     ),
     (
+        "muon_has_no_bf16_sums_apart",
+        1,
+        {"optimizer__type": "Muon", "precision": "bf16"},
+        None,
+        r"optimizer\.type=Muon with precision\.dtype=bf16 and zero_optimization\.stage=1: .*use stage 2",
+    ),
+    (
         "muon_wants_whole_gradients",
         1,
         {"optimizer__type": "Muon"},
