@@ -87,7 +87,7 @@ def _zero(stage: int, file: str, **places: Any) -> Edit:
 
 
 def _moments_in_8_bit(scenario: Scenario) -> tuple[str, Scenario] | None:
-    """AdamW's settings serve the 8-bit one as they are (Dettmers et al. 2022, arXiv:2110.02861, section 3)."""
+    """AdamW's settings serve the 8-bit one as they are (Dettmers et al. 2022, arXiv:2110.02861, abstract)."""
     if scenario.optimizer.kind not in ADAM_LIKE or scenario.offload_optimizer != "none":
         return None
     edited = replace(scenario, optimizer=scenario.optimizer._replace(kind="adamw8bit"))

@@ -27,7 +27,7 @@ MAP_ELEMENTS = 256  # of the table of 8-bit numbers, in fp32, one for each momen
 
 
 class GaLoreDefaults(NamedTuple):
-    """Of Zhao et al. 2024, arXiv:2403.03507: section 5.1 and appendix C."""
+    """Of jiaweizzhao/GaLore, README (Zhao et al. 2024, arXiv:2403.03507)."""
 
     rank: int = 128
     update_gap: int = 200
