@@ -11,11 +11,12 @@ from model_providers.config import ModelConfig
 from model_providers.cost import layer_costs
 from model_providers.layout import Layout
 from model_providers.partition import partition_by
-from pretrain.config import Dtype
+from pretrain.config import Dtype, OptimizerConfig
 from pretrain.config_io import Run
 from pretrain.ds_config import Buckets, Place, gradient_buckets, offload_place
 from pretrain.engine.schedules.catalogue import placement_of
 from pretrain.engine.schedules.ops import Placement
+from pretrain.optimizer_facts import ADAMW, OptimizerChoice, choice_of
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Scenario:
     target_length: int | None = None  # tokens of a decoder beside an encoder
     partition: str | tuple[int, ...] = "cost"
     fused: bool = True  # attention that never writes its scores
+    optimizer: OptimizerChoice = ADAMW
     buckets: Buckets | None = None  # of gradients under ZeRO; None: those that Megaloom's JSON files make
 
     @property
@@ -98,5 +100,15 @@ def scenario_of(run: Run) -> Scenario:
         offload_parameters=offload_place(run.deepspeed, "offload_param"),
         target_length=config.target_length,
         partition=config.layout.partition,
+        optimizer=optimizer_of(config.optimizer),
         buckets=gradient_buckets(run.deepspeed),
+    )
+
+
+def optimizer_of(config: OptimizerConfig) -> OptimizerChoice:
+    return choice_of(
+        config.type,
+        config.params,
+        weight_decay=config.weight_decay,
+        decay_embeddings=config.decay_embeddings,
     )

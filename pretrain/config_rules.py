@@ -20,7 +20,7 @@ from pretrain.expert_rules import EXPERT_RULES
 from pretrain.fp8_rules import FP8_RULES
 from pretrain.nested import get
 from pretrain.objective_rules import OBJECTIVE_RULES
-from pretrain.optimizer_rules import OPTIMIZER_RULES, Rule
+from pretrain.optimizer_rules import OPTIMIZER_RULES, Rule, missing_package
 
 AUTO_SCHEDULE = "auto"  # measured and chosen on the ranks, see engine/auto_schedule.py
 SPLIT_BACKWARD = ("zb-h1", "zb-v", "interleaved-zb")
@@ -93,6 +93,9 @@ def device_faults(run: "Run", device_type: str) -> list[str]:
         )
     if run.config.optimizer.type.lower() == "lamb" and device_type == "cpu":
         found.append("optimizer.type=Lamb: DeepSpeed has it for GPUs only; use AdamW or Lion here")
+    missing = missing_package(run)
+    if missing is not None:
+        found.append(missing)
     if run.config.kernels == "te" and device_type == "cpu":
         found.append("kernels=te: Transformer Engine needs CUDA; use kernels=auto or kernels=torch here")
     if run.config.fp8 is not None and run.config.fp8.backend == "te" and device_type == "cpu":

@@ -24,7 +24,7 @@ from pretrain.engine.eight_bits import EightBits
 from pretrain.engine.fillers import fill
 from pretrain.engine.groups import Groups
 from pretrain.engine.layers import tied_names
-from pretrain.engine.optimizers import client_optimizer, set_flags
+from pretrain.engine.optimizers import client_optimizer, set_flags, tell_partitions
 from pretrain.engine.quiet import without_stdout
 from pretrain.optim import parameter_groups
 
@@ -56,12 +56,13 @@ class StepControl(DeepSpeedEngine):
             engine = cls(
                 args=None,
                 model=module,
-                optimizer=client_optimizer(json, parameters, groups.device),
+                optimizer=client_optimizer(json, parameters, module, groups.device),
                 model_parameters=parameters,
                 mpu=mpu,
                 config=json,
                 config_class=config,
             )
+        tell_partitions(engine, groups)
         engine.model_group, engine.tp_rank = groups.model, groups.place.tp
         engine.routers, engine.routing_group = experts.routers(module), groups.experts.stage
         engine.eight_bits = EightBits(
