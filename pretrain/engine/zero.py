@@ -12,7 +12,7 @@ from pretrain.config import OptimizerConfig
 from pretrain.engine.base import Engine, MicroBatch, StepResult
 from pretrain.engine.experts import ExpertMarks
 from pretrain.engine.groups import Groups, ModelParallelUnit
-from pretrain.engine.layers import Prepare, Wire, build_layers, run_layers
+from pretrain.engine.layers import Prepare, Wire, build_layers, offload_of, run_layers
 from pretrain.engine.step_control import StepControl
 
 
@@ -23,6 +23,7 @@ class LayerStack(torch.nn.Module):
         super().__init__()
         self.plan = plan
         self.built = build_layers(self, plan.layers, plan.ties, prepare)
+        self.offload = offload_of(plan, groups.device)
         sum_partial_gradients(self, groups.tp)
 
     def forward(self, inputs: Wire, *targets: torch.Tensor) -> torch.Tensor:
@@ -31,7 +32,7 @@ class LayerStack(torch.nn.Module):
 
     def logits(self, inputs: Any) -> Wire:
         """[b s] -> [s b v/tp], and in training one more of each layer that looks ahead"""
-        return run_layers(self.built, inputs, self.plan)
+        return run_layers(self.built, inputs, self.plan, self.offload)
 
 
 class ZeroEngine(Engine):
