@@ -13,7 +13,8 @@ from model_providers.layout import Layout
 from model_providers.partition import partition_by
 from pretrain.config import Dtype
 from pretrain.config_io import Run
-from pretrain.ds_config import Buckets, Place, gradient_buckets, offload_place
+from pretrain.ds_config import Buckets, gradient_buckets
+from pretrain.ds_offload import Place, offload_place
 from pretrain.engine.schedules.catalogue import placement_of
 from pretrain.engine.schedules.ops import Placement
 

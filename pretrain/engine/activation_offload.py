@@ -211,9 +211,7 @@ class CudaLanes(Lanes):
         back.record_stream(self._in)  # in case nobody waits for the copy: a backward pass that fails
         return back, self._copy(back, host, self._in)
 
-    def _copy(
-        self, target: torch.Tensor, source: torch.Tensor, lane: torch.cuda.Stream
-    ) -> torch.cuda.Event:
+    def _copy(self, target: torch.Tensor, source: torch.Tensor, lane: torch.cuda.Stream) -> torch.cuda.Event:
         lane.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(lane):
             target.copy_(source, non_blocking=True)
@@ -245,7 +243,7 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _view_of(tensor: torch.Tensor) -> View:
-    return View(tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset())
+    return View(tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
 
 def _lies_in(tensor: torch.Tensor, held: torch.Tensor) -> bool:
@@ -254,4 +252,4 @@ def _lies_in(tensor: torch.Tensor, held: torch.Tensor) -> bool:
 
 
 def _within(tensor: torch.Tensor, held: torch.Tensor) -> View:
-    return _view_of(tensor)._replace(offset=tensor.storage_offset() - held.storage_offset())
+    return _view_of(tensor)._replace(offset=int(tensor.storage_offset() - held.storage_offset()))

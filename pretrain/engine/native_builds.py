@@ -44,13 +44,13 @@ def build_obstacle(builder: OpBuilder) -> str | None:
 def building_alone(kernel: str) -> Iterator[None]:
     """No other process of ours compiles ``kernel`` meanwhile, and no left-over lock is in the way."""
     extensions_root().mkdir(parents=True, exist_ok=True)
-    with FileLock(extensions_root() / f".megaloom-{kernel}.lock"), _own_environment():
+    with FileLock(extensions_root() / f".megaloom-{kernel}.lock"), own_environment():
         clear_stale_build_locks(kernel)
         yield
 
 
 @contextlib.contextmanager
-def _own_environment() -> Iterator[None]:
+def own_environment() -> Iterator[None]:
     """Ninja from beside this Python, and a folder of this environment's own.
 
     Two versions of ninja hash commands differently, and two environments have different headers: with one folder

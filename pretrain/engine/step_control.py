@@ -18,7 +18,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from model_providers.router import Router
 from pretrain.config import OptimizerConfig
-from pretrain.engine import experts
+from pretrain.engine import experts, swapped_states
 from pretrain.engine.averaging import average, is_plain_average
 from pretrain.engine.fillers import fill
 from pretrain.engine.groups import Groups
@@ -62,6 +62,8 @@ class StepControl(DeepSpeedEngine):
             )
         engine.model_group, engine.tp_rank = groups.model, groups.place.tp
         engine.routers, engine.routing_group = experts.routers(module), groups.experts.stage
+        if swapped_states.are_swapped(engine):
+            swapped_states.release_as_it_steps(engine)
         engine.monitor.enabled = False  # records come from one writer, pretrain/monitor
         return engine
 

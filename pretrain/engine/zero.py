@@ -9,10 +9,12 @@ import torch
 from model_providers.layer_plan import LayerPlan
 from model_providers.partial_gradients import sum_partial_gradients
 from pretrain.config import OptimizerConfig
+from pretrain.ds_offload import offload_place
 from pretrain.engine.base import Engine, MicroBatch, StepResult
 from pretrain.engine.experts import ExpertMarks
 from pretrain.engine.groups import Groups, ModelParallelUnit
 from pretrain.engine.layers import Prepare, Wire, build_layers, offload_of, run_layers
+from pretrain.engine.lean_heap import return_freed_memory
 from pretrain.engine.step_control import StepControl
 
 
@@ -76,6 +78,8 @@ def build_zero_engine(
 ) -> ZeroEngine:
     """Build all of the plan's layers (sharded one by one under ZeRO-3) and put DeepSpeed's engine around them."""
     mpu = ModelParallelUnit(groups)
+    if "nvme" in (offload_place(json, "offload_optimizer"), offload_place(json, "offload_param")):
+        return_freed_memory()
     steps = list(prepare)
     if groups.layout.ep > 1:
         steps.append(ExpertMarks(groups, json["zero_optimization"]["stage"]))

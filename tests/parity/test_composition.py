@@ -105,7 +105,9 @@ def record_offloaded(raw: dict[str, Any], steps: int) -> tuple[Trace | None, int
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("cell", cells(OFFLOADED, thorough={"dp2-zero3-full", "tp2+sp", "zb-h1", "interleaved"}))
+@pytest.mark.parametrize(
+    "cell", cells(OFFLOADED, thorough={"dp2-zero3-full", "tp2+sp", "zb-h1", "interleaved"})
+)
 def test_activations_may_wait_on_the_host_in_every_layout(
     ranks: RankPool, corpus: str, out: Path, cell: str
 ) -> None:

@@ -1,13 +1,16 @@
 """Offload to CPU memory and to NVMe trains exactly what the same run trains without it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from model_providers.cost import parameters
+from pretrain import run as run_module
 from pretrain.engine.preflight import libaio_is_there
-from pretrain.parity import compare
+from pretrain.engine.zero import ZeroEngine, build_zero_engine
+from pretrain.parity import Trace, compare
 from tests.conftest import OneProcess
 from tests.parity.record import record_raw
 from tests.parity.test_layouts import assert_same
@@ -54,20 +57,60 @@ def test_nvme_offload_computes_what_one_process_does(
     assert_same(trace, one_process(STEPS, **LARGE_ENOUGH))
 
 
+PARTLY = {
+    "zero_optimization": {
+        "stage": 3,
+        "sub_group_size": "auto",
+        "offload_optimizer": {"device": "cpu", "ratio": 0.5},
+    }
+}
+
+
+def record_divided(raw: dict[str, Any], steps: int) -> tuple[Trace | None, int]:
+    """A CPU is one device: half of the sub-groups are said to be on another, for the second optimizer to step."""
+    divided = []
+
+    def build(*arguments: Any, **named: Any) -> ZeroEngine:
+        engine = build_zero_engine(*arguments, **named)
+        optimizer = engine.deepspeed.optimizer
+        number = len(optimizer.subgroup_to_device)
+        optimizer.subgroup_to_device |= dict.fromkeys(range(number // 2), "another")
+        divided.append(optimizer.backup_optimizer)
+        return engine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "build_zero_engine", build)
+        trace = record_raw(raw, steps)
+    return trace, len(divided[0].state)
+
+
+@pytest.mark.ranks
+@pytest.mark.timeout(COMPILE_S)
+def test_an_optimizer_half_offloaded_computes_what_one_process_does(
+    ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, tmp_path: Path
+) -> None:
+    """Under a learning rate that changes, which DeepSpeed's second optimizer would not hear of."""
+    (tmp_path / "half.json").write_text(json.dumps(PARTLY))
+    raw = tiny(corpus, out, deepspeed=str(tmp_path / "half.json"))
+    found = ranks.run(record_divided, 2, raw, STEPS, timeout_s=COMPILE_S)
+    assert found[0][1] > 3, "the second optimizer has sub-groups of its own"
+    assert_same(found[0][0], one_process(STEPS))
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize("accumulate", ["fp32", "bf16"])
 def test_tied_weights_stay_tied_under_bf16_offload_and_pipeline(
     ranks: RankPool, corpus: str, out: Path, tmp_path: Path, accumulate: str
 ) -> None:
     """DeepSpeed 0.19 unties them silently with fp32 accumulation: gradients lie where it does not look."""
-    json = tmp_path / "offload.json"
-    json.write_text('{"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}')
+    document = tmp_path / "offload.json"
+    document.write_text('{"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}')
     changes: dict[str, Any] = {
         "layout": {"pp": 2},
         "precision": {"dtype": "bf16", "accumulate": accumulate},
         "optimizer__lr": 1e-2,
     }
-    offloaded = ranks.run(record_raw, 2, tiny(corpus, out, **changes, deepspeed=str(json)), 12)[0]
+    offloaded = ranks.run(record_raw, 2, tiny(corpus, out, **changes, deepspeed=str(document)), 12)[0]
     resident = ranks.run(record_raw, 2, tiny(corpus, out, **changes, deepspeed="pipeline.json"), 12)[0]
     difference = compare(offloaded, resident)
     assert difference.loss < 2e-3, difference

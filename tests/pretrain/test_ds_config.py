@@ -18,7 +18,8 @@ from deepspeed.runtime.zero.offload_config import (
 
 from model_providers.cost import parameters
 from pretrain import ds_schema
-from pretrain.ds_config import AUTO, Buckets, gradient_buckets
+from pretrain.ds_config import Buckets, gradient_buckets
+from pretrain.ds_offload import AUTO
 from pretrain.errors import RunError
 from pretrain.nested import leaves
 from tests.runs import checked, tiny
@@ -149,9 +150,9 @@ def test_defaults_that_surprise_are_written_out(with_json: Any) -> None:
 
 def test_an_auto_that_means_nothing_is_refused(with_json: Any) -> None:
     with pytest.raises(
-        RunError, match=r"zero_optimization\.sub_group_size: nothing in the run file says what"
+        RunError, match=r"zero_optimization\.parameter_alignment: nothing in the run file says what"
     ):
-        with_json({"zero_optimization": {"stage": 3, "sub_group_size": "auto"}})
+        with_json({"zero_optimization": {"stage": 3, "parameter_alignment": "auto"}})
 
 
 def test_the_jsons_own_scheduler_may_rule(with_json: Any) -> None:
