@@ -14,7 +14,7 @@ from model_providers.partition import partition_by
 from pretrain.config import Dtype
 from pretrain.config_io import Run
 from pretrain.ds_config import Buckets, gradient_buckets
-from pretrain.ds_offload import Place, offload_place
+from pretrain.ds_offload import Place, SwapBuffers, offload_place, offload_ratio, swap_buffers
 from pretrain.engine.schedules.catalogue import placement_of
 from pretrain.engine.schedules.ops import Placement
 
@@ -39,6 +39,9 @@ class Scenario:
     target_length: int | None = None  # tokens of a decoder beside an encoder
     partition: str | tuple[int, ...] = "cost"
     fused: bool = True  # attention that never writes its scores
+    offloads_activations: bool = False  # to the CPU's memory
+    offload_ratio: float = 1.0  # share of the optimizer that is offloaded, where it is
+    swap: SwapBuffers | None = None  # for NVMe; None: those that Megaloom's JSON files make
     buckets: Buckets | None = None  # of gradients under ZeRO; None: those that Megaloom's JSON files make
 
     @property
@@ -99,5 +102,8 @@ def scenario_of(run: Run) -> Scenario:
         offload_parameters=offload_place(run.deepspeed, "offload_param"),
         target_length=config.target_length,
         partition=config.layout.partition,
+        offloads_activations=config.recompute.offload,
+        offload_ratio=offload_ratio(run.deepspeed) or 1.0,
+        swap=swap_buffers(run.deepspeed, run.largest_shard),
         buckets=gradient_buckets(run.deepspeed),
     )

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -46,6 +47,7 @@ ALL_WAYS: Space = {"sequential_requests": [True, False], "single_submit": [False
 
 def main(argv: list[str]) -> None:
     words = parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _end)  # else the files would stay
     if words.out is not None and words.json is None:
         raise RunError("--out: give the DeepSpeed JSON that it is to be a copy of: --json FILE")
     document = read_json(words.json) if words.json is not None else {}
@@ -61,6 +63,10 @@ def main(argv: list[str]) -> None:
         target = words.out or words.json
         write_json(target, {**document, "aio": {**(document.get("aio") or {}), **section}})
         console.print(f"written into {target}", soft_wrap=True)
+
+
+def _end(*_: Any) -> None:
+    sys.exit(128 + signal.SIGTERM)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -116,8 +122,8 @@ def sweep(folder: Path, space: Space, *, megabytes: int, console: Console) -> di
     with _workplace(folder) as (work, logs):
         config = logs / "space.json"
         config.write_text(json.dumps(space), "utf-8")
-        command = [sys.executable, "-m", TUNER, "--nvme_dir", str(work), "--sweep_config", str(config)]
-        command += ["--io_size", f"{megabytes}M", "--log_dir", str(logs)]
+        command = [sys.executable, "-m", TUNER, str(logs), "--nvme_dir", str(work)]
+        command += ["--sweep_config", str(config), "--io_size", f"{megabytes}M", "--log_dir", str(logs)]
         number = 2 * len(list(itertools.product(*space.values())))
         _watch(command, logs, number, console)
         return read_logs(logs)

@@ -7,7 +7,7 @@ So whatever goes to NVMe goes there wholly here, unless the JSON says otherwise.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 from pretrain.nested import get
 
@@ -20,7 +20,7 @@ PARAMETER_BUFFERS = 5
 SUB_GROUPS_OF_THE_LARGEST = (
     8  # a sub-group ends with the parameter that fills it: this much over the largest one
 )
-WHOLE_SUB_GROUP = 1_000_000_000  # DeepSpeed's default
+WHOLE_SUB_GROUP, LARGE_BUFFER = 1_000_000_000, 100_000_000  # DeepSpeed's defaults
 
 
 class Sizes(Protocol):
@@ -44,6 +44,35 @@ def offload_ratio(document: Mapping[str, Any]) -> float:
         return 0.0
     ratio = get(dict(document), "zero_optimization.offload_optimizer.ratio")
     return 1.0 if ratio is None else float(ratio)
+
+
+class SwapBuffers(NamedTuple):
+    """In the CPU's memory, for states and parameters on their way to NVMe and back."""
+
+    sub_group: int  # elements of the largest sub-group at most
+    optimizer_buffers: int
+    parameter: int  # elements of a buffer
+    parameter_buffers: int
+
+
+def swap_buffers(document: Mapping[str, Any], largest_shard: int) -> SwapBuffers | None:
+    """Of a complete JSON; None without NVMe."""
+    zero = document["zero_optimization"]
+    optimizer, parameters = (_section(zero, name) for name in ("offload_optimizer", "offload_param"))
+    if "nvme" not in (optimizer.get("device"), parameters.get("device")):
+        return None
+    return SwapBuffers(
+        sub_group=int(zero.get("sub_group_size", WHOLE_SUB_GROUP)) + largest_shard,
+        optimizer_buffers=int(optimizer.get("buffer_count", ADAM_BUFFERS)),
+        parameter=int(parameters.get("buffer_size", LARGE_BUFFER)),
+        parameter_buffers=int(parameters.get("buffer_count", PARAMETER_BUFFERS)),
+    )
+
+
+def usual_swap_buffers(largest_shard: int) -> SwapBuffers:
+    """Of ds_configs/zero3_nvme_offload.json."""
+    sub_group = largest_shard + largest_shard // SUB_GROUPS_OF_THE_LARGEST
+    return SwapBuffers(sub_group, 3 * ADAM_BUFFERS, largest_shard, PARAMETER_BUFFERS)
 
 
 def fill_offload(zero: dict[str, Any], sizes: Sizes) -> None:

@@ -1,7 +1,7 @@
 """Optimizer states that live on NVMe: exact resume, and nothing that stays in memory by mistake.
 
-DeepSpeed 0.19 copies the swap files into a checkpoint and back, but a new process does not know that they hold moments and
-begins with none; it loads neither the steps taken nor the sub-groups that are too small to be swapped
+DeepSpeed 0.19 copies the swap files into a checkpoint and back, but a new process does not know that they hold
+moments and begins with none; it loads neither the steps taken nor the sub-groups that are too small to be swapped
 (deepspeed/runtime/engine.py, load_checkpoint, skips `_load_zero_checkpoint` there).  So a file of ours per rank
 says which states each sub-group has, and holds those that are not in swap files.  States come and go by sub-group.
 """

@@ -195,7 +195,7 @@ CASES: tuple[tuple[str, int, dict[str, Any], dict[str, Any] | None, str], ...] =
         {
             "zero_optimization": {
                 "stage": 3,
-                "sub_group_size": 5000,
+                "sub_group_size": 1000000,
                 "offload_optimizer": {"device": "nvme", "fast_init": True},
                 "offload_param": {"device": "nvme", "buffer_size": 70000},
             }
