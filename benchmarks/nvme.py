@@ -271,7 +271,7 @@ def report(
         statistics.median(each[key] for each in later) for key in ("step_s", "time/step_s")
     )
     ideal_s = read / disk[0] + written / disk[1]
-    # Weights in the forward and the backward pass; masters, moments, gradients. Gradients and all but those are written.
+    # Read: weights twice, masters, moments, gradients. Written: gradients, masters, moments, weights.
     theory = (2 * 2 + 4 + 8 + 4) * parameters, (4 + 4 + 8 + 2) * parameters
     table = Table(
         "", "", title=f"{parameters / 1e6:,.0f}M parameters, reading ahead and writing behind: {overlaps}"
