@@ -57,7 +57,7 @@ class Size:
 
 SIZES = {
     "100m": Size(layers=8, width=1024, ffn=2816, limit_bytes=1_200_000_000, steps=4, sequence=64),
-    "1b": Size(layers=20, width=2048, ffn=5632, limit_bytes=5_000_000_000, steps=3, sequence=64),
+    "1b": Size(layers=20, width=2048, ffn=5632, limit_bytes=5_000_000_000, steps=2, sequence=64),
 }
 
 
