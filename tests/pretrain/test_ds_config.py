@@ -161,6 +161,22 @@ def test_the_jsons_own_scheduler_may_rule(with_json: Any) -> None:
     assert run.config.schedule is None and run.deepspeed["scheduler"] == document["scheduler"]
 
 
+def test_whatever_goes_to_nvme_goes_there_wholly(with_json: Any, tmp_path: Path) -> None:
+    """DeepSpeed would keep 1e9 parameters in memory, and layers in swap buffers."""
+    nvme = {"device": "nvme", "nvme_path": str(tmp_path)}
+    document = {"stage": 3, "reduce_bucket_size": "auto", "sub_group_size": "auto"}
+    offload = {"offload_param": nvme, "offload_optimizer": {**nvme, "pipeline_read": True}}
+    run = with_json({"zero_optimization": {**document, **offload}})
+    zero = run.deepspeed["zero_optimization"]
+    assert zero["offload_param"]["max_in_cpu"] == zero["stage3_max_reuse_distance"] == 0
+    assert zero["offload_optimizer"]["buffer_count"] == 8
+    assert zero["sub_group_size"] == run.largest_shard // 8
+    assert zero["reduce_bucket_size"] <= run.largest_shard * run.layout.dp + 1
+    kept = {"offload_param": {**nvme, "max_in_cpu": 5}}
+    zero = with_json({"zero_optimization": {**document, **kept}}).deepspeed["zero_optimization"]
+    assert zero["offload_param"]["max_in_cpu"] == 5 and zero["sub_group_size"] == 1_000_000_000
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_json_fills_completely(corpus: str, out: Path, tmp_path: Path, path: Path) -> None:
     run = checked(tiny(corpus, out, deepspeed=path.name, nvme_path=str(tmp_path)), 2)
