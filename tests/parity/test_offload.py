@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 
 from model_providers.cost import parameters
-from pretrain import run as run_module
 from pretrain.engine.preflight import libaio_is_there
-from pretrain.engine.zero import ZeroEngine, build_zero_engine
 from pretrain.parity import Trace, compare
 from tests.conftest import OneProcess
+from tests.divided import HALF, two_devices
 from tests.parity.record import record_raw
 from tests.parity.test_layouts import assert_same
 from tests.ranks import RankPool
 from tests.runs import checked, tiny
+from tests.thorough import cells
 
 STEPS = 5
 # DeepSpeed leaves tensors below 1 MB in memory (MIN_AIO_BYTES, deepspeed/runtime/swap_tensor/constants.py).
@@ -24,6 +24,11 @@ LARGE_ENOUGH = {
     "model__ffn_hidden_size": 2048,
     "model__num_layers": 2,
     "model__init_std": 0.05,
+}
+OPTIMIZER_ON_NVME: dict[str, dict[str, Any]] = {
+    "as shipped": {},
+    "in turn": {"pipeline_read": False, "pipeline_write": False},
+    "fast init": {"fast_init": True},
 }
 COMPILE_S = 800  # a kernel's first use on a machine compiles it
 
@@ -42,12 +47,18 @@ def test_cpu_offload_computes_what_one_process_does(
 @pytest.mark.ranks
 @pytest.mark.timeout(COMPILE_S)
 @pytest.mark.skipif(not libaio_is_there(), reason="needs libaio (apt install libaio-dev)")
+@pytest.mark.parametrize(
+    "changed", cells(OPTIMIZER_ON_NVME, thorough=set(OPTIMIZER_ON_NVME) - {"as shipped"})
+)
 def test_nvme_offload_computes_what_one_process_does(
-    ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, tmp_path: Path
+    ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, tmp_path: Path, changed: str
 ) -> None:
     disk = tmp_path / "nvme"
     disk.mkdir()
-    raw = tiny(corpus, out, **LARGE_ENOUGH, deepspeed="zero3_nvme_offload.json", nvme_path=str(disk))
+    document = json.loads(Path("ds_configs/zero3_nvme_offload.json").read_text())
+    document["zero_optimization"]["offload_optimizer"] |= OPTIMIZER_ON_NVME[changed]
+    (tmp_path / "ds.json").write_text(json.dumps(document))
+    raw = tiny(corpus, out, **LARGE_ENOUGH, deepspeed=str(tmp_path / "ds.json"), nvme_path=str(disk))
     trace = ranks.run(record_raw, 2, raw, STEPS, timeout_s=COMPILE_S)[0]
     written_bytes = sum(path.stat().st_size for path in disk.rglob("*") if path.is_file())
     # Two Adam moments and the fp32 weights; small tensors stay in memory.
@@ -57,31 +68,11 @@ def test_nvme_offload_computes_what_one_process_does(
     assert_same(trace, one_process(STEPS, **LARGE_ENOUGH))
 
 
-PARTLY = {
-    "zero_optimization": {
-        "stage": 3,
-        "sub_group_size": "auto",
-        "offload_optimizer": {"device": "cpu", "ratio": 0.5},
-    }
-}
-
-
 def record_divided(raw: dict[str, Any], steps: int) -> tuple[Trace | None, int]:
-    """A CPU is one device: half of the sub-groups are said to be on another, for the second optimizer to step."""
-    divided = []
-
-    def build(*arguments: Any, **named: Any) -> ZeroEngine:
-        engine = build_zero_engine(*arguments, **named)
-        optimizer = engine.deepspeed.optimizer
-        number = len(optimizer.subgroup_to_device)
-        optimizer.subgroup_to_device |= dict.fromkeys(range(number // 2), "another")
-        divided.append(optimizer.backup_optimizer)
-        return engine
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "build_zero_engine", build)
+    """The trace, and the number of sub-groups that the second optimizer stepped."""
+    with two_devices() as seconds:
         trace = record_raw(raw, steps)
-    return trace, len(divided[0].state)
+    return trace, len(seconds[0].state)
 
 
 @pytest.mark.ranks
@@ -90,7 +81,7 @@ def test_an_optimizer_half_offloaded_computes_what_one_process_does(
     ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, tmp_path: Path
 ) -> None:
     """Under a learning rate that changes, which DeepSpeed's second optimizer would not hear of."""
-    (tmp_path / "half.json").write_text(json.dumps(PARTLY))
+    (tmp_path / "half.json").write_text(json.dumps(HALF))
     raw = tiny(corpus, out, deepspeed=str(tmp_path / "half.json"))
     found = ranks.run(record_divided, 2, raw, STEPS, timeout_s=COMPILE_S)
     assert found[0][1] > 3, "the second optimizer has sub-groups of its own"

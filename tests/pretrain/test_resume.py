@@ -21,6 +21,7 @@ from pretrain.errors import RunError
 from pretrain.loop import Loop
 from pretrain.parity import Tensors, whole_model
 from pretrain.run import make_engine, make_plan, make_state
+from tests.divided import HALF, two_devices
 from tests.ranks import RankPool
 from tests.runs import tiny
 from tests.thorough import cells
@@ -132,6 +133,29 @@ def test_resuming_from_nvme_equals_running_through_bit_for_bit(
     assert second[2].keys() == through[2].keys()
     for name, weight in through[2].items():
         assert torch.equal(second[2][name], weight), name
+
+
+def train_divided(raw: dict[str, Any], stop_after: int | None = None) -> tuple[Any, int]:
+    """As `train`, and the number of sub-groups that the second optimizer stepped."""
+    with two_devices() as seconds:
+        trained = train(raw, stop_after)
+    return trained, len(seconds[0].state)
+
+
+@pytest.mark.ranks
+def test_resuming_a_half_offloaded_optimizer_equals_running_through(
+    ranks: RankPool, corpus: str, tmp_path: Path
+) -> None:
+    """DeepSpeed alone loses the second optimizer's moments, and has it step on all parameters."""
+    (tmp_path / "half.json").write_text(json.dumps(HALF))
+    changes: dict[str, Any] = {"deepspeed": str(tmp_path / "half.json")}
+    through = ranks.run(train_divided, 2, eight(corpus, tmp_path / "through", **changes))[0]
+    raw = eight(corpus, tmp_path / "stopped", **changes)
+    first, _ = ranks.run(train_divided, 2, raw, 5)[0]
+    second, number = ranks.run(train_divided, 2, raw)[0]
+    assert number == through[1] > 3
+    assert first[0] + second[0] == through[0][0] and first[1] + second[1] == through[0][1]
+    assert all(torch.equal(second[2][name], through[0][2][name]) for name in through[0][2])
 
 
 @pytest.mark.ranks
