@@ -100,6 +100,8 @@ class Group:
 
     def fetch(self, wanted: "Kept") -> None:
         """Begin to bring back what is not on the device: what is wanted now, the group, and the one before it."""
+        if wanted.is_on_device() and self._before is None:
+            return
         soon = [wanted, *self._kept, *(self._before._kept if self._before is not None else ())]
         self._before = None
         if away := [kept for kept in soon if not kept.is_on_device()]:
