@@ -271,6 +271,8 @@ def report(
         statistics.median(each[key] for each in later) for key in ("step_s", "time/step_s")
     )
     ideal_s = read / disk[0] + written / disk[1]
+    # The optimizer's step reads masters, moments and gradients, and writes all but those, and weights.
+    ideal_optimizer_s = 16 * parameters / disk[0] + 14 * parameters / disk[1]
     # Read: weights twice, masters, moments, gradients. Written: gradients, masters, moments, weights.
     theory = (2 * 2 + 4 + 8 + 4) * parameters, (4 + 4 + 8 + 2) * parameters
     table = Table(
@@ -286,7 +288,9 @@ def report(
         "step, of which the optimizer's": f"{step_s:.1f} s, {optimizer_s:.1f} s",
         "bytes a second over the whole step": f"{gb((read + written) / step_s)}/s",
         "the disk alone, read and written": f"{gb(disk[0])}/s, {gb(disk[1])}/s",
-        "share of the disk's speed": f"{ideal_s / step_s:.0%}",
+        "share of the disk's speed, in the optimizer's step and in the whole one": (
+            f"{ideal_optimizer_s / optimizer_s:.0%}, {ideal_s / step_s:.0%}"
+        ),
     }
     for title, value in rows.items():
         table.add_row(title, value)
