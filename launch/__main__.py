@@ -40,6 +40,9 @@ COMMANDS = {
     "doctor": Command(
         "launch.doctor", "examine this machine, or all hosts of a hostfile: what is broken, and the fix"
     ),
+    "tune-nvme": Command(
+        "launch.tune_nvme", "the fastest settings of asynchronous I/O on a disk, into a DeepSpeed JSON"
+    ),
     "slurm": Command("launch.slurm", "write a batch script that trains a run on a Slurm cluster"),
     "k8s": Command("launch.k8s", "write a manifest that trains a run on a Kubernetes cluster"),
     "parity": Command(

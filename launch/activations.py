@@ -19,6 +19,7 @@ from pretrain.engine.schedules.catalogue import make_schedule, placement_of
 from pretrain.engine.schedules.ops import Kind, Order
 
 Span = tuple[int, int]  # layers of one chunk: the first, and the one after the last
+NEWEST_GROUPS = 2  # of layers whose activations are on the device with offload, engine/activation_offload.py
 WAVES = 2  # micro-batches for each stage: a test holds it beside what a hundred hold
 
 
@@ -29,6 +30,8 @@ class ChunkActivations(NamedTuple):
     again: float  # more, while the backward pass computes a group of layers again
     waiting: float  # after the first half of a backward pass, until weight gradients are computed
     after_blocks: float  # of ``kept``: what the backward pass lets go before it comes to the last block
+    on_host: float = 0.0  # what waits in the CPU's memory, and is not in ``kept``
+    newest: float = 0.0  # of that, what is on the device all the same, whichever micro-batch is at work
 
 
 class Moment(NamedTuple):
@@ -52,6 +55,7 @@ class Facts(NamedTuple):
     sequence_parallel: bool
     bytes_per_value: int
     fused: bool
+    offloads: bool = False
 
 
 def facts_of(scenario: Scenario) -> Facts:
@@ -67,6 +71,7 @@ def facts_of(scenario: Scenario) -> Facts:
         layout.shards_sequence,
         VALUE_BYTES[scenario.dtype],
         scenario.fused,
+        scenario.offloads_activations,
     )
 
 
@@ -76,14 +81,15 @@ class Peak(NamedTuple):
     activations: float
     messages: float  # outputs that stay until their gradient comes
     freed: float  # by the backward pass of a micro-batch through the smallest chunk
+    on_host: float  # the most that waits in the CPU's memory
 
 
 def peak_activations(scenario: Scenario, facts: Facts, rank: int, spans: tuple[Span, ...]) -> Peak:
     """The most at once on pipeline rank ``rank``, whose chunks are ``spans``."""
     tokens = scenario.micro_size * scenario.sequence_length
     way = Way(scenario.schedule, scenario.layout.pp, scenario.layout.chunks, scenario.num_micro_batches)
-    activations, messages, freed = _peak_per_token(facts, way.as_far_as_it_matters(), rank, spans)
-    return Peak(tokens * activations, tokens * messages, tokens * freed)
+    per_token = _peak_per_token(facts, way.as_far_as_it_matters(), rank, spans)
+    return Peak(*(tokens * each for each in per_token))
 
 
 class Way(NamedTuple):
@@ -112,11 +118,17 @@ def _peak_per_token(facts: Facts, way: Way, rank: int, spans: tuple[Span, ...]) 
     handed = sum(
         number for number, hands_over in zip(worst.kept, _hands_over(way, rank), strict=True) if hands_over
     )
-    return Peak(activations, handed * hidden_bytes(facts), min(chunk.kept for chunk in chunks))
+    on_host = max(
+        sum(number * chunk.on_host for number, chunk in zip(moment.kept, chunks, strict=True))
+        for moment in moments
+    )
+    freed = min(chunk.kept for chunk in chunks)
+    return Peak(activations, handed * hidden_bytes(facts), freed, on_host)
 
 
 def _bytes_per_token(moment: Moment, chunks: Sequence[ChunkActivations]) -> float:
     total = chunks[moment.chunk].again if moment.chunk is not None else 0.0
+    total += max(chunk.newest for chunk in chunks)
     for kept, waiting, chunk in zip(moment.kept, moment.waiting, chunks, strict=True):
         total += kept * chunk.kept + waiting * chunk.waiting
     return total
@@ -145,12 +157,27 @@ def chunk_activations(facts: Facts, start: int, stop: int) -> ChunkActivations:
     memory = _memory(facts, start, stop)
     again = max((up_to[first] + sum(plain[first:last]) - kept for first, last in bounds), default=0.0)
     last_block = bounds[-1][1] if bounds else start
+    on_host, newest = _offloaded(facts, start, bounds) if facts.offloads else (0.0, 0.0)
     return ChunkActivations(
-        kept=kept + memory,
+        kept=kept + memory - on_host,
         again=max(0.0, again) if is_full else 0.0,
         waiting=_waiting(facts, start, stop),
         after_blocks=sum(costs[last_block:stop]),
+        on_host=on_host,
+        newest=newest,
     )
+
+
+def _offloaded(facts: Facts, start: int, bounds: list[tuple[int, int]]) -> tuple[float, float]:
+    """What the groups of layers keep, but for an input that another rank sent; and what is of the newest groups
+    (engine/activation_offload.py).
+    """
+    costs = _kept_by_layer(facts)
+    is_full = facts.recompute == "full"
+    by_group = [costs[first] if is_full else sum(costs[first:last]) for first, last in bounds]
+    if by_group and start > 0 and bounds[0][0] == start:
+        by_group[0] -= hidden_bytes(facts)
+    return sum(by_group), sum(sorted(by_group)[-NEWEST_GROUPS:])
 
 
 def groups(shares: tuple[LayerShare, ...], start: int, stop: int, *, every: int) -> list[tuple[int, int]]:

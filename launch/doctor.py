@@ -35,7 +35,7 @@ from launch.preflight import (
 from launch.remote import Answer, ask, ask_here, in_folder, last_line
 from launch.run import add_host_words, corpus_files, here_faults, hosts_of, launcher_of, positive
 from pretrain.config_io import Run, find_deepspeed_json, load_run
-from pretrain.ds_config import offload_place
+from pretrain.ds_offload import offload_place
 from pretrain.errors import RunError
 
 EXAMINED_S = 240.0

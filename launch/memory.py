@@ -87,7 +87,8 @@ def rank_memory(scenario: Scenario, rank: int) -> RankMemory:
         workspace=round(_workspace(scenario, facts, rank, spans)),
         not_together=min(kept.passing, round(peak.freed)),
     )
-    return RankMemory(rank, spans, held.all, device, kept.cpu, kept.nvme)
+    cpu = kept.cpu._replace(activations=round(peak.on_host))
+    return RankMemory(rank, spans, held.all, device, cpu, kept.nvme)
 
 
 def spans_of(scenario: Scenario, rank: int) -> tuple[Span, ...]:
@@ -173,7 +174,12 @@ def gathered_elements(shares: list[LayerShare], hidden_size: int) -> int:
 def _workspace(scenario: Scenario, facts: Facts, rank: int, spans: tuple[Span, ...]) -> float:
     placement = scenario.placement
     has_loss = rank == placement.rank(placement.last) and scenario.model.electra is None
-    is_plain = facts.recompute != "full" and len(spans) == 1 and scenario.schedule not in SPLIT_BACKWARD
+    is_plain = (
+        facts.recompute != "full"
+        and not facts.offloads
+        and len(spans) == 1
+        and scenario.schedule not in SPLIT_BACKWARD
+    )
     tokens = scenario.micro_size * scenario.sequence_length
     return _workspace_of(facts, tokens, spans[-1], has_loss, is_plain)
 

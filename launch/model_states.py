@@ -20,11 +20,10 @@ from launch.scenario import Scenario
 from model_providers.layout import Layout
 from model_providers.tensor_shapes import TensorShape
 from pretrain.ds_config import Buckets
+from pretrain.ds_offload import usual_swap_buffers
 
 VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 MASTER_BYTES = 4
-SUB_GROUP_ELEMENTS = 100_000_000  # that are swapped together
-OPTIMIZER_BUFFERS, PARAMETER_BUFFERS = 4, 5  # of a sub-group, of a parameter's shard
 ALIGNMENT = 2  # elements of each copy's partition, deepspeed/runtime/zero/stage_1_and_2.py
 
 
@@ -46,12 +45,13 @@ class Held(NamedTuple):
 
 
 class StateBytes(NamedTuple):
-    """What does not depend on the batch, in one kind of memory."""
+    """In one kind of memory; all but the last depend on no batch."""
 
     parameters: int = 0
     gradients: int = 0
     optimizer: int = 0
     buffers: int = 0
+    activations: int = 0  # of layers, waiting in the CPU's memory; on the device they are counted apart
 
     @property
     def total(self) -> int:
@@ -153,35 +153,46 @@ def _partitioned(scenario: Scenario, held: Held) -> States:
 
 
 def _sharded(scenario: Scenario, held: Held) -> States:
-    """`DeepSpeedZeroOptimizer_Stage3`: a layer is whole while it computes, and near its next use.
-
-    Swapping to NVMe takes buffers in the CPU's memory, counted as ds_configs/zero3_nvme_offload.json has them.
-    """
+    """`DeepSpeedZeroOptimizer_Stage3`: a layer is whole while it computes, and near its next use."""
     size, sums = VALUE_BYTES[scenario.dtype], VALUE_BYTES[_sum_format(scenario)]
     share = shard(held, scenario.layout)
-    weights = StateBytes(size * share)
-    optimizer = StateBytes(optimizer=MASTER_BYTES * share + own_states(scenario, held, share))
-    gradients = StateBytes(gradients=sums * share)
-    whole = StateBytes(
-        size * held.small, buffers=_buckets(scenario, held, sums, most=1) + size * held.gathered
-    )
+    # Layers on NVMe are let go at once: the one at work, and the one that is read ahead.
+    gathered = 2 * held.largest_tensor if scenario.offload_parameters == "nvme" else held.gathered
+    whole = StateBytes(size * held.small, buffers=_buckets(scenario, held, sums, most=1) + size * gathered)
     device = [whole]
     cpu: list[StateBytes] = []
     nvme: list[StateBytes] = []
     place = {"none": device, "cpu": cpu, "nvme": nvme}
-    place[scenario.offload_parameters].append(weights)
-    place[scenario.offload_optimizer].append(optimizer)
+    place[scenario.offload_parameters].append(StateBytes(size * share))
+    optimizer = MASTER_BYTES * share + own_states(scenario, held, share)
+    gradients = StateBytes(gradients=sums * share)
     if scenario.offload_optimizer == "none":
-        device.append(gradients)
+        device += [StateBytes(optimizer=optimizer), gradients]
     else:  # sums over micro-batches, and once more in fp32 for the optimizer
         cpu.append(gradients)
-        place[scenario.offload_optimizer].append(StateBytes(gradients=MASTER_BYTES * share))
-    if scenario.offload_optimizer == "nvme":
-        sub_group = min(share, SUB_GROUP_ELEMENTS)
-        cpu.append(StateBytes(buffers=OPTIMIZER_BUFFERS * MASTER_BYTES * sub_group))
-    if scenario.offload_parameters == "nvme":
-        cpu.append(StateBytes(buffers=PARAMETER_BUFFERS * size * held.largest_tensor // scenario.layout.dp))
+        once_more = StateBytes(gradients=MASTER_BYTES * share, optimizer=optimizer)
+        there, here = _divided(once_more, scenario.offload_ratio)
+        place[scenario.offload_optimizer].append(there)
+        device.append(here)
+    cpu.append(StateBytes(buffers=_swap_bytes(scenario, held, size)))
     return States(_together(device), _together(cpu), _together(nvme))
+
+
+def _divided(whole: StateBytes, ratio: float) -> tuple[StateBytes, StateBytes]:
+    """The share that is offloaded, and the rest."""
+    there = StateBytes(*(round(ratio * kind) for kind in whole))
+    return there, StateBytes(*(kind - away for kind, away in zip(whole, there, strict=True)))
+
+
+def _swap_bytes(scenario: Scenario, held: Held, value_bytes: int) -> int:
+    """Swapping to NVMe takes buffers in the CPU's memory."""
+    swap = scenario.swap or usual_swap_buffers(held.largest_tensor // scenario.layout.dp)
+    total = 0
+    if scenario.offload_optimizer == "nvme":
+        total += swap.optimizer_buffers * MASTER_BYTES * swap.sub_group
+    if scenario.offload_parameters == "nvme":  # and one for a sub-group's new weights
+        total += value_bytes * (swap.parameter_buffers * swap.parameter + swap.sub_group)
+    return total
 
 
 def _together(parts: list[StateBytes]) -> StateBytes:
@@ -204,7 +215,8 @@ def _sum_format(scenario: Scenario) -> str:
 
 def _buckets(scenario: Scenario, held: Held, value_bytes: int, *, most: int = 2) -> int:
     """Megaloom's JSON files overlap messages with computing from stage 2 on; DeepSpeed does not in a pipeline."""
-    buckets = scenario.buckets or Buckets(held.bucket, 2 if scenario.zero_stage >= 2 else 1)
+    usual = held.largest_tensor if scenario.offload_optimizer == "nvme" else held.bucket
+    buckets = scenario.buckets or Buckets(usual, 2 if scenario.zero_stage >= 2 else 1)
     if scenario.layout.pp > 1:
         most = 1
     return min(most, buckets.number) * value_bytes * buckets.elements

@@ -23,7 +23,7 @@ from model_providers.config import ModelConfig
 from model_providers.layout import Layout
 from pretrain import config_rules
 from pretrain.config import Dtype, RunConfig
-from pretrain.ds_config import Place
+from pretrain.ds_offload import Place
 from pretrain.engine.schedules.catalogue import SCHEDULES
 from pretrain.errors import RunError
 

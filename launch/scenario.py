@@ -13,7 +13,8 @@ from model_providers.layout import Layout
 from model_providers.partition import partition_by
 from pretrain.config import Dtype, OptimizerConfig
 from pretrain.config_io import Run
-from pretrain.ds_config import Buckets, Place, gradient_buckets, offload_place
+from pretrain.ds_config import Buckets, gradient_buckets
+from pretrain.ds_offload import Place, SwapBuffers, offload_place, offload_ratio, swap_buffers
 from pretrain.engine.schedules.catalogue import placement_of
 from pretrain.engine.schedules.ops import Placement
 from pretrain.optimizer_facts import ADAMW, OptimizerChoice, choice_of
@@ -40,6 +41,9 @@ class Scenario:
     partition: str | tuple[int, ...] = "cost"
     fused: bool = True  # attention that never writes its scores
     optimizer: OptimizerChoice = ADAMW
+    offloads_activations: bool = False  # to the CPU's memory
+    offload_ratio: float = 1.0  # share of the optimizer that is offloaded, where it is
+    swap: SwapBuffers | None = None  # for NVMe; None: those that Megaloom's JSON files make
     buckets: Buckets | None = None  # of gradients under ZeRO; None: those that Megaloom's JSON files make
 
     @property
@@ -101,6 +105,9 @@ def scenario_of(run: Run) -> Scenario:
         target_length=config.target_length,
         partition=config.layout.partition,
         optimizer=optimizer_of(config.optimizer),
+        offloads_activations=config.recompute.offload,
+        offload_ratio=offload_ratio(run.deepspeed) or 1.0,
+        swap=swap_buffers(run.deepspeed, run.largest_shard),
         buckets=gradient_buckets(run.deepspeed),
     )
 

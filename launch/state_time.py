@@ -102,10 +102,12 @@ def update(scenario: Scenario, cluster: Cluster, stages: Stages) -> tuple[float,
     device_s = shard * OPTIMIZER_BYTES / (cluster.device.memory_bytes_per_s * MEMORY_SHARE)
     offload_s = host_bytes = 0.0
     if scenario.offload_optimizer != "none":
-        device_s, copied = 0.0, shard * sum(HOST_COPY_BYTES.values())
+        there = scenario.offload_ratio * shard
+        device_s *= 1 - scenario.offload_ratio
+        copied = there * sum(HOST_COPY_BYTES.values())
         host_bytes += copied
         offload_s += copied / cluster.host_bytes_per_s
-        offload_s += shard * HOST_OPTIMIZER_BYTES / HOST_MEMORY_BYTES_PER_S
+        offload_s += there * HOST_OPTIMIZER_BYTES / HOST_MEMORY_BYTES_PER_S
     if scenario.offload_optimizer == "nvme":
         offload_s += 2 * shard * NVME_OPTIMIZER_BYTES / cluster.nvme_bytes_per_s
     if scenario.offload_parameters != "none":  # each pass of each micro-batch fetches the rank's shard

@@ -178,11 +178,13 @@ class Recompute(NamedTuple):
     """What the forward pass forgets and the backward pass computes again.
 
     ``selective``: core attention, inside the layers.  ``full``: whole layers in groups of ``every``, which
-    the engine does with the plan's ``checkpoint_function``.
+    the engine does with the plan's ``checkpoint_function``.  ``offload_above_bytes``: of what layers keep, larger
+    tensors wait on the host; None: nothing does.
     """
 
     mode: Literal["none", "selective", "full"] = "none"
     every: int = 1
+    offload_above_bytes: int | None = None
 
     def checked(self) -> "Recompute":
         if self.mode not in ("none", "selective", "full"):

@@ -149,12 +149,16 @@ class PrecisionConfig(Facts):
 
 
 class RecomputeConfig(Facts):
-    """Activations that are dropped in the forward pass and computed again in the backward pass."""
+    """Activations that are dropped in the forward pass and computed again in the backward pass, or wait elsewhere."""
 
     mode: Literal["none", "selective", "full"] = Field(
         "none", description="selective drops the core attention only"
     )
     every: int = Field(1, ge=1, description="full: layers between two kept activations")
+    offload: bool = Field(False, description="what the layers keep all the same waits in the CPU's memory")
+    offload_above_bytes: int = Field(
+        1 << 20, ge=0, description="smaller tensors stay, since a copy costs more than they take"
+    )
 
 
 class TrainConfig(Facts):

@@ -75,6 +75,11 @@ class Run:
     def largest_shard(self) -> int:
         return largest_shard(self.config.model, self.layout)
 
+    @property
+    def shard_elements(self) -> int:
+        """Parameters that one rank keeps under ZeRO-3."""
+        return parameters_per_rank(self.config.model, self.layout) // self.layout.dp
+
     @cached_property
     def stage_bounds(self) -> tuple[int, ...]:
         """The first layer of each virtual pipeline stage, and the number of layers."""

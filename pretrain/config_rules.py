@@ -7,19 +7,19 @@ import math
 import os
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model_providers.layout import Layout, layout_problems
 from pretrain.checkpoint import store
 from pretrain.config import BatchConfig, RunConfig
-from pretrain.ds_config import offload_place, optimizer_is_offloaded
+from pretrain.ds_config import optimizer_is_offloaded
 from pretrain.engine.schedules.catalogue import SCHEDULES, schedule_fault
 from pretrain.errors import RunError
 from pretrain.expert_rules import EXPERT_RULES
 from pretrain.fp8_rules import FP8_RULES
 from pretrain.nested import get
 from pretrain.objective_rules import OBJECTIVE_RULES
+from pretrain.offload_rules import OFFLOAD_RULES, nvme_needs_a_folder
 from pretrain.optimizer_rules import OPTIMIZER_RULES, Rule, missing_package
 
 AUTO_SCHEDULE = "auto"  # measured and chosen on the ranks, see engine/auto_schedule.py
@@ -96,6 +96,8 @@ def device_faults(run: "Run", device_type: str) -> list[str]:
     missing = missing_package(run)
     if missing is not None:
         found.append(missing)
+    if get(dict(run.deepspeed), "aio.use_gds") and device_type == "cpu":
+        found.append("aio.use_gds=true: GPUDirect Storage is between a disk and a GPU; use false here")
     if run.config.kernels == "te" and device_type == "cpu":
         found.append("kernels=te: Transformer Engine needs CUDA; use kernels=auto or kernels=torch here")
     if run.config.fp8 is not None and run.config.fp8.backend == "te" and device_type == "cpu":
@@ -234,57 +236,6 @@ def accumulation_dtype_is_legal(run: "Run") -> str | None:
     return None
 
 
-def optimizer_offload_needs_zero(run: "Run") -> str | None:
-    if optimizer_is_offloaded(dict(run.deepspeed)) and run.zero_stage == 0:
-        return "zero_optimization.offload_optimizer with stage=0: DeepSpeed offloads in stages 1, 2 and 3; use stage 1"
-    return None
-
-
-def optimizer_nvme_needs_zero_3(run: "Run") -> str | None:
-    if offload_place(run.deepspeed, "offload_optimizer") == "nvme" and run.zero_stage < 3:
-        return (
-            f"zero_optimization.offload_optimizer.device=nvme with stage={run.zero_stage}: DeepSpeed swaps "
-            "to NVMe in stage 3 only and would keep everything in memory; use stage 3 (pp=1), or device=cpu"
-        )
-    return None
-
-
-def parameter_offload_needs_zero_3(run: "Run") -> str | None:
-    device = offload_place(run.deepspeed, "offload_param")
-    if device != "none" and run.zero_stage < 3:
-        return (
-            f"zero_optimization.offload_param.device={device} with stage={run.zero_stage}: only stage 3 "
-            "splits parameters; use stage 3 (pp=1), or leave offload_param out"
-        )
-    return None
-
-
-def nvme_needs_a_folder(run: "Run") -> str | None:
-    for section in ("offload_param", "offload_optimizer"):
-        if offload_place(run.deepspeed, section) != "nvme":
-            continue
-        path = get(dict(run.deepspeed), f"zero_optimization.{section}.nvme_path")
-        if path is None:
-            return f"zero_optimization.{section}.device=nvme needs a folder: set nvme_path=/folder/on/a/local/disk"
-        if not Path(path).is_dir():
-            return f"nvme_path={path}: no such folder; make it on a local disk (mkdir -p {path})"
-    return None
-
-
-def nvme_buffers_hold_the_largest_parameter(run: "Run") -> str | None:
-    size = get(dict(run.deepspeed), "zero_optimization.offload_param.buffer_size")
-    if (
-        offload_place(run.deepspeed, "offload_param") == "nvme"
-        and size is not None
-        and size < run.largest_shard
-    ):
-        return (
-            f"zero_optimization.offload_param.buffer_size={size}: the largest parameter's shard has "
-            f'{run.largest_shard} elements; use at least that, or "auto"'
-        )
-    return None
-
-
 def partitioned_messages_need_whole_activations(run: "Run") -> str | None:
     split = [
         key for key in ("pipe_partitioned", "grad_partitioned") if get(dict(run.deepspeed), f"pipeline.{key}")
@@ -343,15 +294,11 @@ RULES: tuple[Rule, ...] = (
     zero_2_in_a_pipeline_is_sound,
     half_precision_needs_zero,
     accumulation_dtype_is_legal,
-    optimizer_offload_needs_zero,
-    optimizer_nvme_needs_zero_3,
-    parameter_offload_needs_zero_3,
-    nvme_needs_a_folder,
-    nvme_buffers_hold_the_largest_parameter,
     partitioned_messages_need_whole_activations,
     checkpoints_to_begin_from_are_there,
     output_folder_can_be_made,
     *FP8_RULES,
+    *OFFLOAD_RULES,
     *EXPERT_RULES,
     *OBJECTIVE_RULES,
     *OPTIMIZER_RULES,

@@ -10,14 +10,14 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple
 
+from pretrain.ds_offload import AUTO, fill_offload, offload_place
 from pretrain.ds_schema import key_faults
 from pretrain.errors import RunError
 from pretrain.nested import get, leaves, put
 from pretrain.optimizer_facts import TRIED_HERE, canonical
 
-AUTO = "auto"
 NEVER = 2**31 - 1  # steps_per_print: Megaloom's own console tells the progress
 MAX_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default, deepspeed/runtime/zero/config.py
 ADAM_LIKE = {"adam", "adamw"}
@@ -31,9 +31,6 @@ TAKES = {
     "adamw8bit": {"betas", "eps"},
     "galore": {"betas", "eps"},
 }
-
-
-Place = Literal["none", "cpu", "nvme"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,6 @@ PAIRS = (
     Pair("data_types.grad_accum_dtype", "precision.accumulate"),
     Pair("tensorboard.enabled", "monitor.tensorboard"),
 )
-OFFLOAD_PATHS = ("zero_optimization.offload_param", "zero_optimization.offload_optimizer")
 
 
 @dataclass
@@ -164,6 +160,13 @@ class Facts:
     parameters_per_rank: int
     largest_shard: int  # elements of the largest parameter on one rank under ZeRO-3
 
+    @property
+    def copies(self) -> int:
+        """Data-parallel ranks."""
+        return self.train_batch_size // (
+            self.train_micro_batch_size_per_gpu * self.gradient_accumulation_steps
+        )
+
 
 def _take(reading: Reading, run_key: str, value: Any, *, where: str, run_name: str) -> None:
     ours = get(reading.run, run_key)
@@ -247,8 +250,11 @@ def _optimizer_section(section: dict[str, Any], facts: Facts) -> dict[str, Any]:
 def _fill_zero(full: dict[str, Any], facts: Facts) -> None:
     zero = full.setdefault("zero_optimization", {"stage": 0})
     zero.setdefault("stage", 0)
-    even = facts.parameters_per_rank + facts.parameters_per_rank % 2  # DeepSpeed asks for an even number
-    bucket = max(2, min(MAX_BUCKET_ELEMENTS, even))
+    fill_offload(zero, facts)
+    elements = facts.parameters_per_rank
+    if offload_place(full, "offload_optimizer") == "nvme":  # a bucket of them all would stay in memory
+        elements = min(elements, facts.largest_shard * facts.copies)
+    bucket = max(2, min(MAX_BUCKET_ELEMENTS, elements + elements % 2))  # DeepSpeed asks for an even number
     hidden = facts.hidden_size
     # The last three are the values that Hugging Face's integration made the meaning of "auto".
     fillers: dict[str, Callable[[], int]] = {
@@ -261,14 +267,6 @@ def _fill_zero(full: dict[str, Any], facts: Facts) -> None:
     for key, value in fillers.items():
         if zero.get(key) == AUTO:
             zero[key] = value()
-    for path in OFFLOAD_PATHS:
-        section = get(full, path)
-        if not isinstance(section, dict):
-            continue
-        if section.get("device") == "nvme" and facts.nvme_path is not None:
-            section["nvme_path"] = _filled(section, "nvme_path", facts.nvme_path)
-        if section.get("buffer_size") == AUTO:
-            section["buffer_size"] = facts.largest_shard
 
 
 def _fill_kernels(full: dict[str, Any], facts: Facts) -> None:
@@ -288,13 +286,6 @@ def _fill_kernels(full: dict[str, Any], facts: Facts) -> None:
 def optimizer_is_offloaded(document: dict[str, Any]) -> bool:
     """Whether optimizer states live in CPU memory or on NVMe."""
     return offload_place(document, "offload_optimizer") != "none"
-
-
-def offload_place(
-    document: Mapping[str, Any], section: Literal["offload_optimizer", "offload_param"]
-) -> Place:
-    """Where optimizer states or parameters live."""
-    return cast(Place, get(dict(document), f"zero_optimization.{section}.device") or "none")
 
 
 class Buckets(NamedTuple):

@@ -27,6 +27,7 @@ from pretrain.checkpoint.state import RunState, layout_of, model_of
 from pretrain.checkpoint.store import TOKENIZER, WEIGHTS, folder_name, write_whole
 from pretrain.checkpoint.upcycle import Upcycler
 from pretrain.checkpoint.weights import WeightLoader
+from pretrain.config import RecomputeConfig
 from pretrain.config_io import Run
 from pretrain.config_rules import AUTO_SCHEDULE, device_faults
 from pretrain.engine import auto_schedule, preflight
@@ -159,7 +160,7 @@ def make_plan(run: Run, groups: Groups) -> LayerPlan:
         params_dtype=DTYPES[config.precision.dtype],
         device=groups.device,
         kernels=config.kernels,
-        recompute=Recompute(config.recompute.mode, config.recompute.every),
+        recompute=recompute_of(config.recompute),
         nodes=groups.experts.nodes,
         fp8=config.fp8,
     )
@@ -181,6 +182,10 @@ def make_engine(run: Run, plan: LayerPlan, groups: Groups) -> Engine:
     if run.layout.pp == 1:
         return build_zero_engine(plan, groups, **arguments)
     return build_pipeline_engine(plan, groups, pipeline_shape(run), **arguments)
+
+
+def recompute_of(config: RecomputeConfig) -> Recompute:
+    return Recompute(config.mode, config.every, config.offload_above_bytes if config.offload else None)
 
 
 def pipeline_shape(run: Run) -> PipelineShape:

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pretrain.config_io import Run, find_deepspeed_json, load_run
-from pretrain.ds_config import AUTO, PAIRS, read_json
+from pretrain.ds_config import PAIRS, read_json
+from pretrain.ds_offload import AUTO
 from pretrain.nested import get, leaves
 
 ALSO_NAMED = {

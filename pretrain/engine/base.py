@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 
 from model_providers.layer_plan import LayerPlan
+from pretrain.engine import swapped_states, twin_flow
 from pretrain.engine.cpu_adam import replay_products
 from pretrain.engine.groups import Groups
 from pretrain.engine.layers import BuiltLayer
@@ -52,6 +53,7 @@ class Engine(ABC):
         self.deepspeed = engine
         self.groups = groups
         self.timers = PhaseTimers(groups.device)
+        self._is_divided = twin_flow.is_divided(engine)
         self._peak_lrs = [group["lr"] for group in engine.optimizer.param_groups]
 
     @abstractmethod
@@ -81,6 +83,8 @@ class Engine(ABC):
         """Every group's learning rate becomes its peak times ``factor``; returns the first group's."""
         for group, peak in zip(self.deepspeed.optimizer.param_groups, self._peak_lrs, strict=True):
             group["lr"] = peak * factor
+        if self._is_divided:
+            twin_flow.follow_settings(self.deepspeed)
         return self.learning_rate
 
     @property
@@ -102,15 +106,26 @@ class Engine(ABC):
             self.deepspeed.save_checkpoint(
                 str(folder.parent), tag=folder.name, client_state=told, save_latest=False
             )
+        if swapped_states.are_swapped(self.deepspeed):
+            swapped_states.save(self.deepspeed, folder)
+        if self._is_divided:
+            twin_flow.save(self.deepspeed, folder)
 
     def load(self, folder: Path) -> None:
         """What `save` wrote under the same layout; scales of another recipe are left, and begin anew."""
+        are_swapped = swapped_states.are_swapped(self.deepspeed)
+        if are_swapped:
+            swapped_states.make_known(self.deepspeed, folder)
         with self.deepspeed.in_plain_files():
             path, told = self.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
         assert path is not None, f"DeepSpeed found nothing to load under {folder}"
         unknown = self.deepspeed.eight_bits.restore(told.get(EIGHT_BITS, {}))
         if unknown and self.groups.is_first:
             log.info("the checkpoint knows no FP8 scales of %d linears, which begin anew", len(unknown))
+        if are_swapped:
+            swapped_states.restore(self.deepspeed, folder)
+        if self._is_divided:
+            twin_flow.load(self.deepspeed, folder)
         replay_products(self.deepspeed.basic_optimizer)
 
     def _result(self, loss: float) -> StepResult:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from model_providers.layer_plan import LayerPlan, PlannedLayer, Tie
+from pretrain.engine.activation_offload import Offload
 
 Wire = torch.Tensor | tuple[torch.Tensor, ...]
 
@@ -82,15 +83,38 @@ def tied_names(plan: LayerPlan) -> set[str]:
     return {f"{tie.user}.{tie.user_parameter}" for tie in plan.ties}
 
 
-def run_layers(layers: Sequence[BuiltLayer], wire: Wire, plan: LayerPlan) -> Wire:
-    """Apply layers in order; under full recompute, in groups that keep only their input."""
+def run_layers(
+    layers: Sequence[BuiltLayer], wire: Wire, plan: LayerPlan, offload: Offload | None = None
+) -> Wire:
+    """Apply layers in order; under full recompute, in groups that keep only their input.
+
+    What the groups keep waits on the host with ``offload``; that of the embedding and the head is needed too soon.
+    """
+    before = None
     for group in checkpoint_groups(layers, plan):
-        if len(group) == 1 and not _recomputes(group[0], plan):
-            wire = group[0].module(wire)
-        else:
-            tensors = (wire,) if isinstance(wire, torch.Tensor) else wire
-            wire = plan.checkpoint_function(_apply(group), *tensors)
+        if offload is None or not torch.is_grad_enabled() or not group[0].plan.checkpointable:
+            wire = _run_group(group, wire, plan)
+            continue
+        before = offload.group([layer.module for layer in group], before=before, inputs=_tensors(wire))
+        with before:
+            wire = _run_group(group, wire, plan)
     return wire
+
+
+def _run_group(group: Sequence[BuiltLayer], wire: Wire, plan: LayerPlan) -> Wire:
+    if _recomputes(group[0], plan):
+        return plan.checkpoint_function(_apply(group), *_tensors(wire))  # type: ignore[no-any-return]
+    return _apply(group)(wire)  # type: ignore[no-any-return]
+
+
+def _tensors(wire: Wire) -> tuple[torch.Tensor, ...]:
+    return (wire,) if isinstance(wire, torch.Tensor) else wire
+
+
+def offload_of(plan: LayerPlan, device: torch.device) -> Offload | None:
+    """Where the plan's layers put what they keep, if not in the device's memory."""
+    above = plan.recompute.offload_above_bytes
+    return None if above is None else Offload(device, above_bytes=above)
 
 
 def checkpoint_groups(layers: Sequence[BuiltLayer], plan: LayerPlan) -> Iterator[list[BuiltLayer]]:

@@ -23,6 +23,7 @@ from pretrain.engine.quiet import without_stdout
 
 EXTENSIONS = "TORCH_EXTENSIONS_DIR"  # torch's own variable
 COMPILERS_WORDS = re.compile(r"\berror: |: not found|No such file|cannot find|is required")
+LOADED_FIRST = {"async_io": ("pin_memory",)}  # deepspeed/ops/op_builder/async_io.py, load
 YOUNG_S = 5.0  # another program may have taken its lock just now, and not started its compiler yet
 
 
@@ -44,13 +45,14 @@ def build_obstacle(builder: OpBuilder) -> str | None:
 def building_alone(kernel: str) -> Iterator[None]:
     """No other process of ours compiles ``kernel`` meanwhile, and no left-over lock is in the way."""
     extensions_root().mkdir(parents=True, exist_ok=True)
-    with FileLock(extensions_root() / f".megaloom-{kernel}.lock"), _own_environment():
-        clear_stale_build_locks(kernel)
+    with FileLock(extensions_root() / f".megaloom-{kernel}.lock"), own_environment():
+        for name in (kernel, *LOADED_FIRST.get(kernel, ())):
+            clear_stale_build_locks(name)
         yield
 
 
 @contextlib.contextmanager
-def _own_environment() -> Iterator[None]:
+def own_environment() -> Iterator[None]:
     """Ninja from beside this Python, and a folder of this environment's own.
 
     Two versions of ninja hash commands differently, and two environments have different headers: with one folder

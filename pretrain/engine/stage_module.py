@@ -11,7 +11,15 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from model_providers.layer_plan import LayerPlan
 from model_providers.partial_gradients import sum_partial_gradients
 from pretrain.engine.groups import Groups
-from pretrain.engine.layers import BuiltLayer, Prepare, Wire, build_layers, run_layers, tied_families
+from pretrain.engine.layers import (
+    BuiltLayer,
+    Prepare,
+    Wire,
+    build_layers,
+    offload_of,
+    run_layers,
+    tied_families,
+)
 from pretrain.engine.quiet import without_stdout
 from pretrain.engine.schedules.ops import Placement
 from pretrain.engine.schedules.streams import Mode
@@ -33,7 +41,7 @@ class StageModule(PipelineModule):
     def __init__(
         self, plan: LayerPlan, groups: Groups, shape: PipelineShape, prepare: Sequence[Prepare] = ()
     ):
-        layout = groups.layout
+        layout, self.offload = groups.layout, offload_of(plan, groups.device)
         self.plan, self.shape, self.groups, self.prepare = plan, shape, groups, prepare
         topology = PipeModelDataParallelTopology(num_pp=layout.pp, num_mp=layout.tp, num_dp=layout.dp)
         with without_stdout():  # DeepSpeed prints its partition; ours is in the banner
@@ -98,7 +106,7 @@ class StageModule(PipelineModule):
 
     def forward(self, inputs: Wire) -> Wire:
         """Token ids or activations in, activations or logits [s b v/tp] out; of the active chunk."""
-        return run_layers(self.active, inputs, self.plan)
+        return run_layers(self.active, inputs, self.plan, self.offload)
 
     def save_state_dict(self, *arguments: Any, **named: Any) -> None:
         for _ in self._each_chunk():

@@ -18,7 +18,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from model_providers.router import Router
 from pretrain.config import OptimizerConfig
-from pretrain.engine import experts
+from pretrain.engine import experts, swapped_states
 from pretrain.engine.averaging import average, is_plain_average
 from pretrain.engine.eight_bits import EightBits
 from pretrain.engine.fillers import fill
@@ -71,6 +71,8 @@ class StepControl(DeepSpeedEngine):
             groups.device,
             keeps_copies=json["zero_optimization"]["stage"] < 3,
         )
+        if swapped_states.are_swapped(engine):
+            swapped_states.release_as_it_steps(engine)
         engine.monitor.enabled = False  # records come from one writer, pretrain/monitor
         return engine
 

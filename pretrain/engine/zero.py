@@ -9,10 +9,12 @@ import torch
 from model_providers.layer_plan import LayerPlan
 from model_providers.partial_gradients import sum_partial_gradients
 from pretrain.config import OptimizerConfig
+from pretrain.ds_offload import offload_place
 from pretrain.engine.base import Engine, MicroBatch, StepResult
 from pretrain.engine.experts import ExpertMarks
 from pretrain.engine.groups import Groups, ModelParallelUnit
-from pretrain.engine.layers import Prepare, Wire, build_layers, run_layers
+from pretrain.engine.layers import Prepare, Wire, build_layers, offload_of, run_layers
+from pretrain.engine.lean_heap import return_freed_memory
 from pretrain.engine.step_control import StepControl
 
 
@@ -23,6 +25,7 @@ class LayerStack(torch.nn.Module):
         super().__init__()
         self.plan = plan
         self.built = build_layers(self, plan.layers, plan.ties, prepare)
+        self.offload = offload_of(plan, groups.device)
         sum_partial_gradients(self, groups.tp)
 
     def forward(self, inputs: Wire, *targets: torch.Tensor) -> torch.Tensor:
@@ -31,7 +34,7 @@ class LayerStack(torch.nn.Module):
 
     def logits(self, inputs: Any) -> Wire:
         """[b s] -> [s b v/tp], and in training one more of each layer that looks ahead"""
-        return run_layers(self.built, inputs, self.plan)
+        return run_layers(self.built, inputs, self.plan, self.offload)
 
 
 class ZeroEngine(Engine):
@@ -75,6 +78,8 @@ def build_zero_engine(
 ) -> ZeroEngine:
     """Build all of the plan's layers (sharded one by one under ZeRO-3) and put DeepSpeed's engine around them."""
     mpu = ModelParallelUnit(groups)
+    if "nvme" in (offload_place(json, "offload_optimizer"), offload_place(json, "offload_param")):
+        return_freed_memory()
     steps = list(prepare)
     if groups.layout.ep > 1:
         steps.append(ExpertMarks(groups, json["zero_optimization"]["stage"]))

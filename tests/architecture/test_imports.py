@@ -33,6 +33,7 @@ WITHOUT_TORCH = (
     "pretrain.config_io",
     "pretrain.config_rules",
     "pretrain.ds_config",
+    "pretrain.ds_offload",
     "pretrain.ds_schema",
     "pretrain.optim",
     "pretrain.nested",
@@ -72,6 +73,8 @@ WITHOUT_TORCH = (
     "model_providers.tensor_shares",
     "launch.doctor",
     "launch.slurm",
+    "launch.tune_nvme",
+    "launch.nvme_logs",
     "launch.k8s",
 )
 

@@ -2,23 +2,26 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from launch.activations import Way, worst_moments
-from launch.memory import RankMemory, gathered_elements, memory
+from launch.memory import RankMemory, gathered_elements, memory, rank_memory
 from launch.model_states import Held, states
-from launch.scenario import Scenario
+from launch.scenario import Scenario, scenario_of
 from model_providers.config import ModelConfig
 from model_providers.layout import Layout
 from model_providers.presets import get_preset
 from model_providers.tensor_shares import layer_shares
+from pretrain.ds_offload import usual_swap_buffers
 from pretrain.engine.schedules.catalogue import SCHEDULES, make_schedule
 from pretrain.engine.schedules.ops import peak_live
+from pretrain.loop import begin_step
 from tests.launch.alive import Found, measure
+from tests.opened import opened
 from tests.ranks import RankPool
-from tests.runs import tiny
+from tests.runs import checked, tiny
 from tests.thorough import cells
 
 GIB = 2**30
@@ -181,6 +184,32 @@ def test_offload_moves_bytes_and_loses_none() -> None:
     assert there.device.gradients == 0 and there.cpu.gradients > here.device.gradients
 
 
+def test_an_optimizer_half_offloaded_is_half_on_the_device() -> None:
+    plain = Scenario(get_preset("llama3-8b"), Layout(dp=8), 8192, zero_stage=3, offload_optimizer="cpu")
+    (whole,), (half,) = memory(plain).ranks, memory(replace(plain, offload_ratio=0.5)).ranks
+    assert half.cpu.optimizer == half.device.optimizer == pytest.approx(whole.cpu.optimizer / 2, abs=1)
+    assert half.cpu.total + half.device.total == whole.cpu.total + whole.device.total
+
+
+def test_swap_buffers_follow_the_json(corpus: str, out: Path, tmp_path: Path) -> None:
+    """What the README's JSON makes is what an estimate without a JSON supposes."""
+    raw = tiny(corpus, out, deepspeed="zero3_nvme_offload.json", nvme_path=str(tmp_path))
+    scenario = scenario_of(checked(raw, 1))
+    assert scenario.swap == usual_swap_buffers(checked(raw, 1).largest_shard)
+    (rank,) = memory(scenario).ranks
+    buffers = 12 * 4 * scenario.swap.sub_group + 5 * 4 * scenario.swap.parameter + 4 * scenario.swap.sub_group
+    assert rank.cpu.buffers == buffers
+    assert rank.nvme.optimizer == 12 * rank.num_parameters
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_offloaded_activations_are_on_the_host_but_for_two_layers(recompute: Any) -> None:
+    plain = Scenario(get_preset("llama3-8b"), Layout(), 8192, recompute=recompute)
+    (here,), (there,) = (memory(replace(plain, offloads_activations=is_on)).ranks for is_on in (False, True))
+    left = there.cpu.activations + there.device.activations - here.device.activations
+    assert there.cpu.activations > 0 and left == pytest.approx(there.cpu.activations / 16, rel=1e-3)
+
+
 # ---- ranks
 
 SIZES: dict[str, Any] = {
@@ -280,6 +309,34 @@ ORDINARY = {
     "experts shared out",
     "t5 pipeline",
 }
+OFFLOADED: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "zero3 full": (2, {"deepspeed": "zero3.json", "recompute": {"mode": "full"}}),
+    "interleaved": (2, {**pipeline("interleaved", 2), "model__num_layers": 6}),
+}
+
+
+def measure_host(raw: dict[str, Any]) -> tuple[int, RankMemory]:
+    """The most bytes that waited on the host in a step, and what is estimated."""
+    with opened(raw) as here:
+        begin_step(here.run, here.engine, 0)
+        here.engine.train_step(here.feed.next_step())
+        planned = rank_memory(scenario_of(here.run), here.groups.place.pp)
+        return cast(Any, here.engine.module).offload.peak_host_bytes, planned
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("case", cells(OFFLOADED, thorough={"one"}))
+def test_as_much_waits_on_the_host_as_is_estimated(
+    ranks: RankPool, corpus: str, out: Path, case: str
+) -> None:
+    world_size, changes = OFFLOADED[case]
+    raw = tiny(corpus, out, **(SIZES | changes))
+    raw["recompute"] = {**changes.get("recompute", {}), "offload": True, "offload_above_bytes": 0}
+    for found, planned in ranks.run(measure_host, world_size, raw):
+        assert planned.cpu.activations == pytest.approx(found, rel=0.02)
+
+
 # Autograd does not know of what waits for its weights' half.
 SPLIT = {"zb-h1", "zb-v"}
 # A CPU widens 16-bit matrices, which tells in so small a whole; and what waits is counted by linears alone.

@@ -98,6 +98,10 @@ def test_recompute_and_offload_cost_time() -> None:
     assert 0 < written.recompute_s < step_time(scenario(fused=False, recompute="full"), H100).recompute_s
     for place in ("cpu", "nvme"):
         assert step_time(scenario(offload_optimizer=place), H100).offload_s > plain.optimizer_s
+    whole = step_time(scenario(offload_optimizer="cpu"), H100)
+    half = step_time(scenario(offload_optimizer="cpu", offload_ratio=0.5), H100)
+    assert half.offload_s == pytest.approx(whole.offload_s / 2)
+    assert half.optimizer_s == pytest.approx(plain.optimizer_s / 2)
     sharded = scenario(layout={"pp": 1, "dp": 16}, zero_stage=3)
     kept = step_time(sharded, H100)
     assert step_time(replace(sharded, offload_parameters="cpu"), H100).total_s > kept.total_s

@@ -1,16 +1,19 @@
 """Features that must not care about the layout, and layouts that must not care about each other's features."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from pretrain.parity import compare
+from pretrain.loop import begin_step
+from pretrain.parity import Trace, compare
 from tests.conftest import OneProcess
+from tests.opened import opened
 from tests.parity.record import record_raw
 from tests.parity.test_layouts import assert_same
 from tests.ranks import RankPool
 from tests.runs import tiny
+from tests.thorough import cells
 
 STEPS = 5
 TP_SP = {"layout": {"tp": 2, "sequence_parallel": True}, "deepspeed": "zero1.json"}
@@ -20,6 +23,7 @@ DP_ZERO_3 = {"layout": {}, "deepspeed": "zero3.json"}
 LAYOUTS = pytest.mark.parametrize(
     "layout", [TP_SP, PP, DP, DP_ZERO_3], ids=["tp2+sp", "pp2", "dp2", "dp2-zero3"]
 )
+EXPERTS = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 64}
 DROPOUT = {"model__hidden_dropout": 0.1, "model__attention_dropout": 0.1}
 
 
@@ -66,6 +70,57 @@ def test_recompute_changes_nothing_even_with_dropout(
     again = ranks.run(record_raw, 2, tiny(corpus, out, **layout, **DROPOUT, recompute=recompute), 3)[0]
     difference = compare(again, kept)
     assert max(difference.loss, difference.grad_norm, difference.gradient) <= 1e-6, difference
+
+
+OFFLOADED = {
+    "dp2-zero3": (2, DP_ZERO_3, "none"),
+    "dp2-zero3-full": (2, DP_ZERO_3, "full"),
+    "tp2+sp": (2, TP_SP, "selective"),
+    "tp2+sp-zero3": (4, {**TP_SP, "deepspeed": "zero3.json"}, "none"),
+    "interleaved": (2, {**PP, "layout": {"pp": 2, "schedule": "interleaved", "chunks": 2}}, "none"),
+    "interleaved-full": (
+        2,
+        {**PP, "layout": {"pp": 2, "schedule": "interleaved", "chunks": 2}, "model__num_layers": 8},
+        "full",
+    ),
+    "zb-h1": (2, {**PP, "layout": {"pp": 2, "schedule": "zb-h1"}}, "none"),
+    "zb-v-tp2+sp": (
+        4,
+        {**PP, "layout": {"pp": 2, "schedule": "zb-v", "chunks": 2, "tp": 2, "sequence_parallel": True}},
+        "none",
+    ),
+    "experts": (2, {"layout": {"ep": 2}, "model__moe": EXPERTS}, "none"),
+}
+
+
+def record_offloaded(raw: dict[str, Any], steps: int) -> tuple[Trace | None, int]:
+    """The trace, and the most bytes that waited on the host in the first step of another start."""
+    with opened(raw) as here:
+        begin_step(here.run, here.engine, 0)
+        here.engine.train_step(here.feed.next_step())
+        offload = cast(Any, here.engine.module).offload
+        assert offload.host_bytes == 0, "nothing waits when a step is over"
+        most = offload.peak_host_bytes
+    return record_raw(raw, steps), most
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    "cell", cells(OFFLOADED, thorough={"dp2-zero3-full", "tp2+sp", "zb-h1", "interleaved"})
+)
+def test_activations_may_wait_on_the_host_in_every_layout(
+    ranks: RankPool, corpus: str, out: Path, cell: str
+) -> None:
+    """The same to the last bit, dropout included."""
+    world_size, layout, mode = OFFLOADED[cell]
+    recompute = {"mode": mode, "offload": True, "offload_above_bytes": 0}
+    kept = ranks.run(record_raw, world_size, tiny(corpus, out, **layout, **DROPOUT, recompute=mode), 3)[0]
+    raw = tiny(corpus, out, **layout, **DROPOUT, recompute=recompute)
+    found = ranks.run(record_offloaded, world_size, raw, 3)
+    difference = compare(found[0][0], kept)
+    worst = max(difference.loss, difference.grad_norm, difference.gradient, difference.weights)
+    assert worst == 0.0, difference
+    assert all(most > 0 for _, most in found), "every rank has layers whose activations wait"
 
 
 @pytest.mark.ranks

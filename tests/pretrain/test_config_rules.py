@@ -163,6 +163,107 @@ CASES: tuple[tuple[str, int, dict[str, Any], dict[str, Any] | None, str], ...] =
         r"offload_param\.buffer_size=1000: the largest parameter's shard has \d+ elements",
     ),
     (
+        "swap_buffers_suffice",
+        1,
+        {"nvme_path": "/tmp"},
+        {
+            "zero_optimization": {
+                "stage": 3,
+                "offload_optimizer": {"device": "nvme", "buffer_count": 5, "pipeline_read": True},
+            }
+        },
+        r"buffer_count=5 with pipeline_read: .* use 8 or more",
+    ),
+    (
+        "swapping_keys_need_nvme",
+        1,
+        {},
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "fast_init": True}}},
+        r"fast_init=true with device=cpu: .* would do nothing; leave it out",
+    ),
+    (
+        "fast_init_has_buffers",
+        1,
+        {"nvme_path": "/tmp"},
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "fast_init": True}}},
+        r"fast_init=true without offload_param\.device=nvme: .* leave it out",
+    ),
+    (
+        "fast_init_has_buffers",
+        1,
+        {"nvme_path": "/tmp"},
+        {
+            "zero_optimization": {
+                "stage": 3,
+                "sub_group_size": 1000000,
+                "offload_optimizer": {"device": "nvme", "fast_init": True},
+                "offload_param": {"device": "nvme", "buffer_size": 70000},
+            }
+        },
+        r"offload_param\.buffer_size=70000: a sub-group has up to \d+ elements; use that",
+    ),
+    (
+        "layers_on_nvme_are_let_go",
+        1,
+        {"nvme_path": "/tmp"},
+        {
+            "zero_optimization": {
+                "stage": 3,
+                "stage3_max_reuse_distance": 1000,
+                "offload_param": {"device": "nvme"},
+            }
+        },
+        r"stage3_max_reuse_distance=1000 with offload_param\.device=nvme: .* use 0",
+    ),
+    (
+        "partial_offload_is_heard",
+        1,
+        {},
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+        r"ratio=0\.5 with stage=2: DeepSpeed divides the optimizer in stage 3 only.*use stage 3",
+    ),
+    (
+        "partial_offload_is_heard",
+        1,
+        {"nvme_path": "/tmp"},
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "ratio": 0.5}}},
+        r"ratio=0\.5 with device=nvme: .* use device=cpu",
+    ),
+    (
+        "partial_offload_is_heard",
+        1,
+        {"optimizer__type": "Lion"},
+        {
+            "zero_optimization": {
+                "stage": 3,
+                "sub_group_size": "auto",
+                "offload_optimizer": {"device": "cpu", "ratio": 0.5},
+            }
+        },
+        r"ratio=0\.5: DeepSpeed divides its own CPU Adam only; use optimizer\.type=AdamW",
+    ),
+    (
+        "partial_offload_has_sub_groups",
+        1,
+        {},
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+        r"ratio with sub_group_size=None: .* use \d+ or less",
+    ),
+    (
+        "newer_offloads_are_not_tried",
+        1,
+        {},
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}},
+        r"super_offload=true: .* leave it out",
+    ),
+    (
+        "newer_offloads_are_not_tried",
+        1,
+        {},
+        {"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}},
+        r"zero_optimization\.zenflow: .* leave it out",
+    ),
+    (
         "partitioned_messages_need_whole_activations",
         4,
         {"layout": {"tp": 2, "pp": 2, "sequence_parallel": True}},

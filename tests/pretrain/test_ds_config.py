@@ -18,7 +18,8 @@ from deepspeed.runtime.zero.offload_config import (
 
 from model_providers.cost import parameters
 from pretrain import ds_schema
-from pretrain.ds_config import AUTO, Buckets, gradient_buckets
+from pretrain.ds_config import Buckets, gradient_buckets
+from pretrain.ds_offload import AUTO
 from pretrain.errors import RunError
 from pretrain.nested import leaves
 from tests.runs import checked, tiny
@@ -149,15 +150,31 @@ def test_defaults_that_surprise_are_written_out(with_json: Any) -> None:
 
 def test_an_auto_that_means_nothing_is_refused(with_json: Any) -> None:
     with pytest.raises(
-        RunError, match=r"zero_optimization\.sub_group_size: nothing in the run file says what"
+        RunError, match=r"zero_optimization\.parameter_alignment: nothing in the run file says what"
     ):
-        with_json({"zero_optimization": {"stage": 3, "sub_group_size": "auto"}})
+        with_json({"zero_optimization": {"stage": 3, "parameter_alignment": "auto"}})
 
 
 def test_the_jsons_own_scheduler_may_rule(with_json: Any) -> None:
     document = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}
     run = with_json(document, schedule=None)
     assert run.config.schedule is None and run.deepspeed["scheduler"] == document["scheduler"]
+
+
+def test_whatever_goes_to_nvme_goes_there_wholly(with_json: Any, tmp_path: Path) -> None:
+    """DeepSpeed would keep 1e9 parameters in memory, and layers in swap buffers."""
+    nvme = {"device": "nvme", "nvme_path": str(tmp_path)}
+    document = {"stage": 3, "reduce_bucket_size": "auto", "sub_group_size": "auto"}
+    offload = {"offload_param": nvme, "offload_optimizer": {**nvme, "pipeline_read": True}}
+    run = with_json({"zero_optimization": {**document, **offload}})
+    zero = run.deepspeed["zero_optimization"]
+    assert zero["offload_param"]["max_in_cpu"] == zero["stage3_max_reuse_distance"] == 0
+    assert zero["offload_optimizer"]["buffer_count"] == 8
+    assert zero["sub_group_size"] == run.largest_shard // 8
+    assert zero["reduce_bucket_size"] <= run.largest_shard * run.layout.dp + 1
+    kept = {"offload_param": {**nvme, "max_in_cpu": 5}}
+    zero = with_json({"zero_optimization": {**document, **kept}}).deepspeed["zero_optimization"]
+    assert zero["offload_param"]["max_in_cpu"] == 5 and zero["sub_group_size"] == 1_000_000_000
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)

@@ -48,6 +48,13 @@ def test_a_lock_of_a_killed_build_is_removed(extensions: Path) -> None:
         assert not lock.exists()
 
 
+def test_a_lock_of_what_a_kernel_loads_first_is_removed_too(extensions: Path) -> None:
+    """async_io loads pin_memory, whose dead lock it would wait for for ever."""
+    lock = lock_in(extensions / "pin_memory", age_s=60)
+    with building_alone("async_io"):
+        assert not lock.exists()
+
+
 def test_a_young_lock_is_given_time(extensions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_builds, "YOUNG_S", 0.5)
     lock = lock_in(extensions / "cpu_adam", age_s=0)
