@@ -36,7 +36,7 @@ def quantise_nvfp4(
     divisor = torch.where(scales == 0, 1.0, scales)[:, None, :, None]
     payload = round_e2m1(blocks / divisor, generator)
     payload = torch.where(scales[:, None, :, None] == 0, payload * 0, payload)
-    return Quantised(out_of_blocks(payload.to(E4M3.dtype), x.shape), unit, scales, block)
+    return Quantised(out_of_blocks(payload.to(E4M3.dtype), x.shape), unit, scales.to(E4M3.dtype), block)
 
 
 def round_e2m1(x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:

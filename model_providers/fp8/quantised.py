@@ -12,13 +12,15 @@ import torch.nn.functional as F
 
 from model_providers.fp8.formats import Format, cast, unit_of
 
+POWERS_OF_TWO = torch.float8_e8m0fnu  # exponents alone, and NaN: MXFP8's own format of scales
+
 
 class Quantised(NamedTuple):
     """[m k]: an element is payload x its block's scale x unit."""
 
     payload: torch.Tensor  # [m k], eight bits
     unit: torch.Tensor  # [], fp32
-    scales: torch.Tensor | None = None  # [m/r k/c] rounded up, fp32: of each block of r x c
+    scales: torch.Tensor | None = None  # [m/r k/c] rounded up, eight bits: of each block of r x c
     block: tuple[int, int] | None = None
 
     def values(self, dtype: torch.dtype) -> torch.Tensor:
@@ -27,11 +29,11 @@ class Quantised(NamedTuple):
         if self.scales is None:
             return wide
         assert self.block is not None
-        return wide.mul_(spread(self.scales.to(dtype), self.block, wide.shape))
+        return wide.mul_(spread(self.scales.float().to(dtype), self.block, wide.shape))
 
     def transposed(self) -> "Quantised":
         """[k m], laid out anew."""
-        scales = None if self.scales is None else self.scales.t()
+        scales = None if self.scales is None else self.scales.t().contiguous()
         block = None if self.block is None else (self.block[1], self.block[0])
         return Quantised(self.payload.t().contiguous(), self.unit, scales, block)
 
@@ -53,7 +55,8 @@ def quantise_blocks(x: torch.Tensor, form: Format, block: tuple[int, int]) -> Qu
     blocks = in_blocks(x.float(), block)  # [m/r r k/c c]
     scales = unit_of(blocks.abs().amax(dim=(1, 3)), form.largest)  # [m/r k/c]
     payload = cast(blocks / scales[:, None, :, None], form)
-    return Quantised(out_of_blocks(payload, x.shape), x.new_ones((), dtype=torch.float32), scales, block)
+    whole = out_of_blocks(payload, x.shape)
+    return Quantised(whole, x.new_ones((), dtype=torch.float32), scales.to(POWERS_OF_TWO), block)
 
 
 def in_blocks(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:

@@ -56,7 +56,7 @@ def test_the_three_products_are_of_the_quantised_operands(recipe: str) -> None:
     assert leaves[1].grad is not None and (leaves[1].grad.double() - exact[1].grad).norm() > 0
 
 
-@pytest.mark.parametrize("recipe", ["current", "blockwise"])
+@pytest.mark.parametrize("recipe", ["current", "blockwise", "mxfp8"])
 def test_the_input_is_kept_in_one_byte_a_number(recipe: str) -> None:
     x, weight, bias, _ = tensors(s=64, k=256)
     kept: list[torch.Tensor] = []
