@@ -43,7 +43,10 @@ def as_run(config: RunConfig, scenario: Scenario) -> Run:
             "schedule": scenario.schedule,
         }
     )
-    recompute = config.recompute.model_copy(update={"mode": scenario.recompute})
+    recompute = config.recompute.model_copy(
+        update={"mode": scenario.recompute, "modules": modules_stated(scenario)}
+    )
+    loss = config.loss.model_copy(update={"chunk_tokens": scenario.chunk_tokens or "all"})
     zero: dict[str, object] = {"stage": scenario.zero_stage}
     for section, place in (
         ("offload_optimizer", scenario.offload_optimizer),
@@ -58,5 +61,11 @@ def as_run(config: RunConfig, scenario: Scenario) -> Run:
         "gradient_accumulation_steps": scenario.num_micro_batches,
         "gradient_clipping": config.optimizer.gradient_clipping,
     }
-    edited = config.model_copy(update={"layout": stated, "recompute": recompute})
+    edited = config.model_copy(update={"layout": stated, "recompute": recompute, "loss": loss})
     return Run(edited, document, layout, {})
+
+
+def modules_stated(scenario: Scenario) -> tuple[str, ...] | None:
+    """As a run file would have them: only where they mean something."""
+    is_usual = scenario.recompute != "selective" or scenario.recompute_modules == ("core_attn",)
+    return None if is_usual else scenario.recompute_modules

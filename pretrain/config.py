@@ -13,7 +13,9 @@ from data_tools.config import DataConfig
 from data_tools.objectives import SpanCorruption
 from data_tools.span_corruption import lengths
 from model_providers.config import Facts, ModelConfig
+from model_providers.loss_chunks import ChunkTokens
 
+RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts", "mla_up_proj"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 
 
@@ -151,9 +153,26 @@ class RecomputeConfig(Facts):
     """Activations that are dropped in the forward pass and computed again in the backward pass."""
 
     mode: Literal["none", "selective", "full"] = Field(
-        "none", description="selective drops the core attention only"
+        "none", description="selective drops what recompute.modules names, full whole layers"
+    )
+    modules: tuple[RecomputeModule, ...] | None = Field(
+        None, description="selective: parts of each layer; core_attn if not given"
     )
     every: int = Field(1, ge=1, description="full: layers between two kept activations")
+
+    @property
+    def forgotten(self) -> tuple[str, ...]:
+        """What selective recompute drops."""
+        return ("core_attn",) if self.modules is None else self.modules
+
+
+class LossConfig(Facts):
+    """How the head's product and the loss on its logits are computed."""
+
+    chunk_tokens: ChunkTokens = Field(
+        "auto",
+        description="tokens whose logits are there at once; all; auto: 2048 where a micro-batch's take over 2 GiB",
+    )
 
 
 class TrainConfig(Facts):
@@ -228,6 +247,7 @@ class RunConfig(Facts):
     )
     precision: PrecisionConfig = PrecisionConfig()
     recompute: RecomputeConfig = RecomputeConfig()
+    loss: LossConfig = LossConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
     kernels: Literal["auto", "te", "torch"] = "auto"
@@ -244,7 +264,13 @@ class RunConfig(Facts):
 
 
 # `precision: bf16` means `precision: {dtype: bf16}`, and so on.
-SHORT_FOR = {"model": "preset", "precision": "dtype", "recompute": "mode", "schedule": "kind"}
+SHORT_FOR = {
+    "model": "preset",
+    "precision": "dtype",
+    "recompute": "mode",
+    "schedule": "kind",
+    "loss": "chunk_tokens",
+}
 
 
 def spelled_out(raw: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from pretrain.expert_rules import EXPERT_RULES
 from pretrain.nested import get
 from pretrain.objective_rules import OBJECTIVE_RULES
 from pretrain.optimizer_rules import OPTIMIZER_RULES, Rule
+from pretrain.recompute_rules import RECOMPUTE_RULES
 
 AUTO_SCHEDULE = "auto"  # measured and chosen on the ranks, see engine/auto_schedule.py
 SPLIT_BACKWARD = ("zb-h1", "zb-v", "interleaved-zb")
@@ -347,6 +348,7 @@ RULES: tuple[Rule, ...] = (
     output_folder_can_be_made,
     *EXPERT_RULES,
     *OBJECTIVE_RULES,
+    *RECOMPUTE_RULES,
     *OPTIMIZER_RULES,
 )
 RULES_OF_THIS_MACHINE: tuple[Rule, ...] = (

@@ -21,6 +21,7 @@ from model_providers.layer_plan import (
     T5Inputs,
     Wire,
 )
+from model_providers.losses import WeightedLoss
 from pretrain.batches import Feed, open_run_data
 from pretrain.checkpoint import save_load, store
 from pretrain.checkpoint.state import RunState, layout_of, model_of
@@ -124,11 +125,22 @@ def blank_inputs(run: Run, plan: LayerPlan, groups: Groups) -> Wire:
     return GPTInputs(tokens, segments if has_segments else None).to_wire()
 
 
+def blank_targets(run: Run, inputs: Wire) -> tuple[torch.Tensor, ...]:
+    """Labels and weights of one micro-batch, in the run's shapes."""
+    length = run.config.target_length or run.config.data.sequence_length
+    first = inputs if isinstance(inputs, torch.Tensor) else inputs[0]
+    labels = first.new_zeros(run.micro_size, length)
+    return labels, torch.ones_like(labels, dtype=torch.float32)
+
+
 def settle_schedule(run: Run, plan: LayerPlan, groups: Groups) -> tuple[Run, Groups]:
     """`layout.schedule: auto` becomes the schedule that is expected to be the fastest here; every rank calls it."""
     if run.config.layout.schedule != AUTO_SCHEDULE or run.layout.pp == 1:
         return run, groups
-    layers, transfer_s = auto_schedule.measure(plan, blank_inputs(run, plan, groups), groups)
+    inputs = blank_inputs(run, plan, groups)
+    layers, transfer_s = auto_schedule.measure(plan, inputs, groups, blank_targets(run, inputs))
+    if isinstance(plan.loss, WeightedLoss):
+        plan.loss.take_ahead()  # of blank tokens
     found = auto_schedule.candidates(
         run,
         layers,
@@ -159,8 +171,9 @@ def make_plan(run: Run, groups: Groups) -> LayerPlan:
         params_dtype=DTYPES[config.precision.dtype],
         device=groups.device,
         kernels=config.kernels,
-        recompute=Recompute(config.recompute.mode, config.recompute.every),
+        recompute=Recompute(config.recompute.mode, config.recompute.every, config.recompute.forgotten),
         nodes=groups.experts.nodes,
+        chunk_tokens=run.chunk_tokens,
     )
 
 

@@ -93,6 +93,16 @@ def run_layers(layers: Sequence[BuiltLayer], wire: Wire, plan: LayerPlan) -> Wir
     return wire
 
 
+def run_to_loss(
+    layers: Sequence[BuiltLayer], wire: Wire, plan: LayerPlan, targets: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Apply the plan's last layers, and the loss: a scalar, fp32."""
+    if not plan.head_makes_loss:
+        return plan.loss(run_layers(layers, wire, plan), tuple(targets))
+    *before, head = layers
+    return head.module(run_layers(before, wire, plan), *targets)
+
+
 def checkpoint_groups(layers: Sequence[BuiltLayer], plan: LayerPlan) -> Iterator[list[BuiltLayer]]:
     """Layers one by one, but runs of up to ``recompute.every`` checkpointable ones together."""
     group: list[BuiltLayer] = []

@@ -11,7 +11,15 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from model_providers.layer_plan import LayerPlan
 from model_providers.partial_gradients import sum_partial_gradients
 from pretrain.engine.groups import Groups
-from pretrain.engine.layers import BuiltLayer, Prepare, Wire, build_layers, run_layers, tied_families
+from pretrain.engine.layers import (
+    BuiltLayer,
+    Prepare,
+    Wire,
+    build_layers,
+    run_layers,
+    run_to_loss,
+    tied_families,
+)
 from pretrain.engine.quiet import without_stdout
 from pretrain.engine.schedules.ops import Placement
 from pretrain.engine.schedules.streams import Mode
@@ -96,8 +104,12 @@ class StageModule(PipelineModule):
     def get_tied_weights_and_groups(self) -> list[tuple[torch.nn.Parameter, dist.ProcessGroup]]:
         return self.replicas
 
-    def forward(self, inputs: Wire) -> Wire:
-        """Token ids or activations in, activations or logits [s b v/tp] out; of the active chunk."""
+    def forward(self, inputs: Wire, *targets: torch.Tensor) -> Wire:
+        """Token ids or activations in, activations or logits [s b v/tp] out, or with targets the loss; of the active
+        chunk.
+        """
+        if targets:
+            return run_to_loss(self.active, inputs, self.plan, targets)
         return run_layers(self.active, inputs, self.plan)
 
     def save_state_dict(self, *arguments: Any, **named: Any) -> None:

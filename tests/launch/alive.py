@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from launch.memory import RankMemory, rank_memory
 from launch.scenario import scenario_of
-from model_providers import losses
+from model_providers import cross_entropy
 from pretrain.loop import begin_step
 from tests.opened import Opened, opened
 
@@ -36,11 +36,11 @@ class Found:
 
 def measure(raw: dict[str, Any]) -> tuple[Found, RankMemory]:
     """The second step of a run, since the first one makes the optimizer's states."""
-    chunk, losses.CPU_CHUNK = losses.CPU_CHUNK, 1 << 40  # all at once, as on CUDA
+    chunk, cross_entropy.CPU_CHUNK = cross_entropy.CPU_CHUNK, 1 << 40  # all at once, as on CUDA
     try:
         return _measure(raw)
     finally:
-        losses.CPU_CHUNK = chunk
+        cross_entropy.CPU_CHUNK = chunk
 
 
 def _measure(raw: dict[str, Any]) -> tuple[Found, RankMemory]:
