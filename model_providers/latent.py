@@ -96,8 +96,8 @@ class LatentAttention(Attention):
         assert rotary_pos_emb is not None, "latent attention turns a part of its keys"
         latents = self._down(hidden_states)
         again = CheckpointWithoutOutput() if self._forgets_heads and self.training else None
-        up = self._up if again is None else partial(again.checkpoint, self._up)
-        query, key, value = up(*latents, *rotary_pos_emb)
+        up = partial(self._up, rotary_pos_emb)  # a table of all layers', which nobody has to save
+        query, key, value = up(*latents) if again is None else again.checkpoint(up, *latents)
         if inference_context is not None:
             key, value = extend_cache(inference_context, self.layer_number, key, value)
         core = self.core_attention
@@ -113,7 +113,7 @@ class LatentAttention(Attention):
         self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """-> query and key [s b n/tp (d + r)], value [s b n/tp v]; d does not turn, r does."""
-        return self._up(*self._down(hidden_states), cos, sin)
+        return self._up((cos, sin), *self._down(hidden_states))
 
     def _down(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """-> the queries' latent (or what stands for one), the keys' and values', and all tokens' part that turns."""
@@ -125,11 +125,10 @@ class LatentAttention(Attention):
 
     def _up(
         self,
+        angles: tuple[torch.Tensor, torch.Tensor],
         narrow: torch.Tensor,
         latent: torch.Tensor,
         shared: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         config = self.config
         plain, turned = config.qk_head_dim, config.qk_pos_emb_head_dim
@@ -142,9 +141,9 @@ class LatentAttention(Attention):
         key, value = joined.unflatten(-1, (-1, plain + config.v_head_dim)).split(
             [plain, config.v_head_dim], dim=-1
         )
-        shared = rotate(shared.unsqueeze(2), cos, sin)  # [s b 1 r]
+        shared = rotate(shared.unsqueeze(2), *angles)  # [s b 1 r]
         query_plain, query_turned = query.split([plain, turned], dim=-1)
-        query = torch.cat((query_plain, rotate(query_turned, cos, sin)), dim=-1)
+        query = torch.cat((query_plain, rotate(query_turned, *angles)), dim=-1)
         key = torch.cat((key, shared.expand(-1, -1, key.size(2), -1)), dim=-1)
         return query, key, value
 

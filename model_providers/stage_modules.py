@@ -75,6 +75,8 @@ class Block(PlanModule, TransformerLayer):
     ):
         parts = self.parts_of(kernels, config, groups, experts, is_causal)
         super().__init__(config, parts, layer_number=layer_index + 1, pg_collection=groups)
+        if self.recompute_mlp:
+            self.mlp.register_forward_hook(_lend_bias)
         self.rotary, self.masks = rotary, masks
 
     config: TransformerConfig
@@ -117,6 +119,16 @@ class Block(PlanModule, TransformerLayer):
 
     def _sequence_shards(self) -> int:
         return self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+
+
+def _lend_bias(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """A view of the bias that an MLP hands on, in place of the parameter.
+
+    megatron-core's recompute returns it from an autograd function, which makes it that function's output and no leaf
+    any more: the backward pass would then call itself for ever (seen with torch 2.13).
+    """
+    product, bias = output
+    return product, None if bias is None else bias.view_as(bias)
 
 
 class PostNormBlock(Block):
