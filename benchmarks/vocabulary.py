@@ -29,7 +29,6 @@ from model_providers.families import build_plan
 from model_providers.layout import Layout
 from model_providers.partition import partition_by
 from pretrain.engine.auto_schedule import LayerTimes, measure
-from pretrain.engine.base import MicroBatch
 from pretrain.engine.groups import Groups, join
 from pretrain.engine.schedules.catalogue import make_schedule
 from pretrain.engine.schedules.simulate import Times, simulate
@@ -44,8 +43,7 @@ def layer_times(vocabulary: int, groups: Groups) -> tuple[ModelConfig, list[Laye
     plan = build_plan(
         model, groups.layout, groups.collection, seed=0, sequence_length=SEQUENCE, device=groups.device
     )
-    tokens = torch.zeros((MICRO, SEQUENCE), dtype=torch.int64)
-    times, _ = measure(plan, MicroBatch(tokens, (tokens, tokens)), groups)
+    times, _ = measure(plan, torch.zeros((MICRO, SEQUENCE), dtype=torch.int64), groups)
     return model, times
 
 

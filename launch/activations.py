@@ -55,6 +55,8 @@ class Facts(NamedTuple):
     sequence_parallel: bool
     bytes_per_value: int
     fused: bool
+    modules: tuple[str, ...]  # that selective recompute forgets
+    chunk_tokens: int | None  # of the loss
     offloads: bool = False
 
 
@@ -71,6 +73,8 @@ def facts_of(scenario: Scenario) -> Facts:
         layout.shards_sequence,
         VALUE_BYTES[scenario.dtype],
         scenario.fused,
+        scenario.recompute_modules,
+        scenario.chunk_tokens,
         scenario.offloads_activations,
     )
 
@@ -112,7 +116,7 @@ class Way(NamedTuple):
 @lru_cache(maxsize=1 << 16)
 def _peak_per_token(facts: Facts, way: Way, rank: int, spans: tuple[Span, ...]) -> Peak:
     chunks = [chunk_activations(facts, *span) for span in spans]
-    moments = worst_moments(way, rank, by_chunk=facts.recompute == "full")
+    moments = worst_moments(way, rank, by_chunk=facts.recompute != "none")
     worst = max(moments, key=lambda moment: _bytes_per_token(moment, chunks))
     activations = _bytes_per_token(worst, chunks)
     handed = sum(
@@ -160,7 +164,7 @@ def chunk_activations(facts: Facts, start: int, stop: int) -> ChunkActivations:
     on_host, newest = _offloaded(facts, start, bounds) if facts.offloads else (0.0, 0.0)
     return ChunkActivations(
         kept=kept + memory - on_host,
-        again=max(0.0, again) if is_full else 0.0,
+        again=max(0.0, again) if facts.recompute != "none" else 0.0,
         waiting=_waiting(facts, start, stop),
         after_blocks=sum(costs[last_block:stop]),
         on_host=on_host,
@@ -215,7 +219,8 @@ def _waiting(facts: Facts, start: int, stop: int) -> float:
     inside = 2 * m.query_width + 2 * m.kv_width + m.ffn_width + fc1
     block = size * inside / facts.tp + 4 * hidden_bytes(facts)
     number = sum(share.is_checkpointable for share in layer_shares(m)[start:stop])
-    head = size * m.padded_vocab_size / facts.tp + hidden_bytes(facts) if stop == m.num_plan_layers else 0.0
+    has_head = stop == m.num_plan_layers and facts.chunk_tokens is None  # in chunks nothing of it waits
+    head = size * m.padded_vocab_size / facts.tp + hidden_bytes(facts) if has_head else 0.0
     return number * block + head
 
 
@@ -226,6 +231,8 @@ def _kept_by_layer(facts: Facts) -> tuple[float, ...]:
         facts.sequence_length,
         target_length=facts.target_length,
         recompute=facts.recompute,
+        recompute_modules=facts.modules,
+        chunked_loss=facts.chunk_tokens is not None,
         tp=facts.tp,
         etp=facts.etp,
         sequence_parallel=facts.sequence_parallel,

@@ -14,6 +14,7 @@ from launch.links import Group, group
 from launch.scenario import Scenario
 from model_providers.config import ModelConfig
 from model_providers.cost import layer_costs
+from model_providers.loss_chunks import tokens_of_a_chunk
 
 # A product is cut into tiles of 256 x 128, the largest that tensor cores of Ampere and Hopper are fed with (NVIDIA,
 # "Matrix multiplication background user's guide", section 4); the last wave of tiles is half empty on average.
@@ -33,6 +34,7 @@ ATTENTION_BACKWARD = (
 )
 # A micro-batch's gradient is read in 16 bit, the sum read and written in fp32.
 ACCUMULATE_BYTES = 10
+SUM_BYTES = 8  # of a chunk's share of a weight's gradient: the sum in fp32, read and written
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -170,12 +172,12 @@ class LayerClock:
             moved += self._activation_bytes(model, model.ffn_width, self.tokens) / self.scenario.layout.tp
         time = time.plus(self._linears(products)).plus(self._moving(moved)).plus(attention)
         time = time.plus(self._tensor_collectives(model, pairs=1 if has_experts else 2))
-        return self._recomputed(time, attention)
+        return self._recomputed(time, self._forgotten(model, attention, has_experts))
 
     def head(self, model: ModelConfig, *, times: int = 1) -> LayerTime:
         """Logits and the loss on them, of this rank's words."""
         words = model.padded_vocab_size / self.scenario.layout.tp
-        time = self._linears([Gemm(self.tokens, words, model.hidden_size)])
+        time = self._head_products(Gemm(self.tokens, words, model.hidden_size))
         logits = self.tokens * words
         time = time.plus(
             LayerTime(
@@ -186,6 +188,18 @@ class LayerClock:
         one = self._reduced(self.tokens * model.hidden_size * self.bytes_per_value)
         talk = LayerTime(input_gradient=Phase(tensor_s=one[0]), tensor_bytes=one[1])
         return LayerTime().plus(time.plus(talk), times)
+
+    def _head_products(self, product: Gemm) -> LayerTime:
+        """In chunks the logits are made once more, and the weight's gradient, a sum in fp32, does not wait."""
+        time, chunk = self._linears([product]), self.scenario.chunk_tokens
+        if chunk is None:
+            return time
+        num_chunks = math.ceil(product.rows / tokens_of_a_chunk(chunk, round(product.rows)))
+        part = self._linears([product._replace(rows=product.rows / num_chunks)])
+        sums = self._moved(SUM_BYTES * num_chunks * product.columns * product.depth)
+        gradients = part.input_gradient.plus(part.weight_gradient).times(num_chunks).plus(sums)
+        made = part.forward.times(num_chunks)
+        return LayerTime(forward=made, input_gradient=gradients, recompute=made)
 
     def embedding(self, model: ModelConfig) -> LayerTime:
         """Rows are copied; the tensor ranks sum them, since each knows its own words."""
@@ -342,11 +356,46 @@ class LayerClock:
         talk = LayerTime(forward=both_ways, input_gradient=both_ways, expert_bytes=4 * once_bytes)
         return time.plus(talk)
 
-    def _recomputed(self, time: LayerTime, attention: LayerTime) -> LayerTime:
+    def _forgotten(self, model: ModelConfig, attention: LayerTime, has_experts: bool) -> LayerTime:
+        """What selective recompute computes again."""
+        wide, names = (
+            2 * self.tokens * model.hidden_size * self.bytes_per_value,
+            self.scenario.recompute_modules,
+        )
+        size, layout, moe = self.bytes_per_value, self.scenario.layout, model.moe
+        parts = [attention] if "core_attn" in names else []
+        if "layernorm" in names:
+            parts.append(self._moving(2 * wide / self.shards))
+        if "mla_up_proj" in names and model.mla is not None:
+            heads = (
+                model.query_width + model.num_attention_heads * model.mla.qk_nope_head_dim + model.value_width
+            )
+            parts.append(self._linears([Gemm(self.tokens, heads / layout.tp, model.mla.kv_lora_rank)]))
+        if has_experts and moe is not None:
+            if "moe" in names:
+                parts += [self._experts(model), self._linears(self._shared_mlp(model))]
+            if "moe_act" in names:
+                rows = self.tokens * moe.top_k / layout.tp
+                parts.append(self._moving(self._activation_bytes(model, moe.ffn_hidden_size, rows)))
+            if "shared_experts" in names and moe.shared_ffn_hidden_size:
+                parts.append(self._linears(self._mlp(model, moe.shared_ffn_hidden_size)))
+        elif "mlp" in names:
+            talk = self._reduced(self.tokens * model.hidden_size * size)
+            parts.append(self._linears(self._mlp(model, model.ffn_width)))
+            parts.append(
+                self._moving(self._activation_bytes(model, model.ffn_width, self.tokens) / layout.tp)
+            )
+            parts.append(LayerTime(forward=Phase(tensor_s=talk[0])))
+        total = LayerTime()
+        for part in parts:
+            total = total.plus(part)
+        return total
+
+    def _recomputed(self, time: LayerTime, forgotten: LayerTime) -> LayerTime:
         mode = self.scenario.recompute
         if mode == "none":
             return time
-        again = time.forward if mode == "full" else attention.forward
+        again = time.forward if mode == "full" else forgotten.forward
         half = 0.5 if mode == "full" else 0.0  # collectives of forward passes are half of all
         return time._replace(
             recompute=again,

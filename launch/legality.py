@@ -44,7 +44,10 @@ def as_run(config: RunConfig, scenario: Scenario) -> Run:
             "schedule": scenario.schedule,
         }
     )
-    recompute = config.recompute.model_copy(update={"mode": scenario.recompute})
+    recompute = config.recompute.model_copy(
+        update={"mode": scenario.recompute, "modules": modules_stated(scenario)}
+    )
+    loss = config.loss.model_copy(update={"chunk_tokens": scenario.chunk_tokens or "all"})
     zero: dict[str, object] = {"stage": scenario.zero_stage}
     for section, place in (
         ("offload_optimizer", scenario.offload_optimizer),
@@ -62,5 +65,13 @@ def as_run(config: RunConfig, scenario: Scenario) -> Run:
     optimizer = config.optimizer
     if scenario.optimizer.kind != canonical(optimizer.type).lower():
         optimizer = optimizer.model_copy(update={"type": canonical(scenario.optimizer.kind)})
-    edited = config.model_copy(update={"layout": stated, "recompute": recompute, "optimizer": optimizer})
+    edited = config.model_copy(
+        update={"layout": stated, "recompute": recompute, "loss": loss, "optimizer": optimizer}
+    )
     return Run(edited, document, layout, {})
+
+
+def modules_stated(scenario: Scenario) -> tuple[str, ...] | None:
+    """As a run file would have them: only where they mean something."""
+    is_usual = scenario.recompute != "selective" or scenario.recompute_modules == ("core_attn",)
+    return None if is_usual else scenario.recompute_modules

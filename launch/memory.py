@@ -21,6 +21,7 @@ from launch.model_states import Held, StateBytes, own_states, states
 from launch.scenario import Scenario
 from model_providers.config import ModelConfig
 from model_providers.layout import Layout
+from model_providers.loss_chunks import tokens_of_a_chunk
 from model_providers.tensor_shapes import TensorShape, layer_shapes, word_shape
 from model_providers.tensor_shares import LayerShare, layer_shares, word_share
 from pretrain.config_rules import SPLIT_BACKWARD
@@ -200,12 +201,25 @@ def _loss_workspace(facts: Facts, tokens: int) -> float:
     gradients of the head's weight and input.
     """
     rows = tokens if facts.target_length is None else tokens // facts.sequence_length * facts.target_length
+    if facts.chunk_tokens is not None:
+        return _chunked_loss_workspace(facts, rows, tokens_of_a_chunk(facts.chunk_tokens, rows))
     wide = LOSS_BYTES * rows * facts.model.padded_vocab_size / facts.tp
     hidden = (
         rows * facts.bytes_per_value * facts.model.hidden_size
     )  # of all tokens, and what is summed over tp
     gradients = facts.bytes_per_value * word_share(facts.model, facts.tp) + hidden * min(2, facts.tp)
     return max(wide, gradients)
+
+
+def _chunked_loss_workspace(facts: Facts, rows: int, chunk: int) -> float:
+    """One chunk's logits, their copy in fp32 if they are not; the sum of the weight's gradient in fp32, and at the end
+    its copy in 16 bit; and the input's gradient.
+    """
+    size, words = facts.bytes_per_value, word_share(facts.model, facts.tp)
+    is_half = size < LOSS_BYTES
+    logits = chunk * facts.model.padded_vocab_size / facts.tp * (LOSS_BYTES + size * is_half)
+    hidden = rows * size * facts.model.hidden_size * min(2, facts.tp)
+    return LOSS_BYTES * words + max(logits, size * words * is_half) + hidden
 
 
 def _block_workspace(facts: Facts, tokens: int) -> float:

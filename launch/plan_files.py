@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from launch.legality import modules_stated
 from launch.planner import Candidate, Task
 from launch.scenario import Scenario
 from pretrain.config_io import find_deepspeed_json
@@ -66,7 +67,7 @@ def run_document(
         "name": config.name,
         "out": config.out,
         **usual(best, steps),
-        **{key: value for key, value in stated.items() if key not in ("deepspeed", "recompute")},
+        **{key: value for key, value in stated.items() if key not in ("deepspeed", "recompute", "loss")},
         "data": config.data.model_dump(mode="json", exclude_unset=True),
         "layout": chosen,
         "batch": {"global_size": scenario.global_size, "micro_size": scenario.micro_size},
@@ -75,7 +76,12 @@ def run_document(
         "train": {**config.train.model_dump(mode="json", exclude_unset=True), "steps": steps},
     }
     if scenario.recompute != "none":
-        document["recompute"] = scenario.recompute
+        modules = modules_stated(scenario)
+        selective = {"mode": scenario.recompute, "modules": list(modules or ())}
+        document["recompute"] = selective if modules else scenario.recompute
+    chunk_tokens = scenario.chunk_tokens or config.loss.chunk_tokens
+    if chunk_tokens != "auto":
+        document["loss"] = {"chunk_tokens": chunk_tokens}
     if "nvme" in (scenario.offload_optimizer, scenario.offload_parameters):
         document["nvme_path"] = config.nvme_path or "/a/folder/on/a/local/disk"
     if scenario.schedule in SPLIT_BACKWARD:

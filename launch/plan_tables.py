@@ -95,6 +95,7 @@ def title(candidate: Candidate) -> str:
         words.append(scenario.schedule + (f" x{layout.chunks}" if layout.chunks > 1 else ""))
     words.append(f"zero{scenario.zero_stage} {scenario.micro_size}x{scenario.num_micro_batches}")
     words += [f"recompute={scenario.recompute}"] * (scenario.recompute != "none")
+    words += [f"loss x{scenario.chunk_tokens}"] * (scenario.chunk_tokens is not None)
     words += [f"optimizer on {scenario.offload_optimizer}"] * (scenario.offload_optimizer != "none")
     words += [f"parameters on {scenario.offload_parameters}"] * (scenario.offload_parameters != "none")
     return " ".join(words)
@@ -178,6 +179,8 @@ def _as_facts(candidate: Candidate) -> dict[str, Any]:
         "micro_size_samples": scenario.micro_size,
         "num_micro_batches": scenario.num_micro_batches,
         "recompute": scenario.recompute,
+        "recompute_modules": list(scenario.recompute_modules) if scenario.recompute == "selective" else [],
+        "loss_chunk_tokens": scenario.chunk_tokens,
         "offload_optimizer": scenario.offload_optimizer,
         "offload_parameters": scenario.offload_parameters,
         "step_s": step.total_s,

@@ -5,7 +5,7 @@ offload) is taken up step by step where the step before does not fit, since it c
 of bubbles rank all layouts; the simulator then times the best again.
 
 Not searched: context parallelism, which this engine does not have; gpipe, which is 1f1b with more memory; tensor
-groups wider than a node; selective recompute where attention is fused and keeps no scores.
+groups wider than a node; selective recompute of more than core attention and norms.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,6 +21,7 @@ from launch.step_time import StepTime, step_time
 from model_providers.activation_memory import RecomputeMode
 from model_providers.config import ModelConfig
 from model_providers.layout import Layout
+from model_providers.loss_chunks import chunk_tokens
 from pretrain import config_rules
 from pretrain.config import Dtype, RunConfig
 from pretrain.ds_offload import Place
@@ -53,12 +54,16 @@ class Task:
         return self.config.precision.dtype
 
 
+CHEAP_MODULES = ("core_attn", "layernorm")  # to compute again: where attention is fused, norms keep more
+
+
 class Saving(NamedTuple):
     """What is given up for memory."""
 
     recompute: RecomputeMode = "none"
     offload_optimizer: Place = "none"
     offload_parameters: Place = "none"
+    recompute_modules: tuple[str, ...] = CHEAP_MODULES
 
 
 SAVINGS = (
@@ -148,6 +153,12 @@ def scenarios(task: Task) -> Iterator[Scenario]:
                 zero_stage=0 if task.dtype == "fp32" and zero_stage == 1 and layout.dp == 1 else zero_stage,
                 dtype=task.dtype,
                 gradient_dtype=task.config.precision.accumulate,
+                chunk_tokens=chunk_tokens(
+                    task.config.loss.chunk_tokens,
+                    task.model,
+                    num_tokens=micro_size * (task.config.target_length or task.sequence_length),
+                    tp=layout.tp,
+                ),
                 target_length=task.config.target_length,
                 optimizer=optimizer_of(task.config.optimizer),
                 partition=task.config.layout.partition if _names_a_method(task.config) else "cost",

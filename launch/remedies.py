@@ -10,7 +10,9 @@ from typing import Any
 
 from launch.memory import memory
 from launch.scenario import Scenario
+from model_providers.activation_memory import is_there
 from model_providers.errors import ModelError
+from model_providers.loss_chunks import AUTO_CHUNK_TOKENS
 from pretrain.ds_config import ADAM_LIKE
 
 MOST_TOLD = 3
@@ -66,13 +68,35 @@ def _sequence_parallel(scenario: Scenario) -> tuple[str, Scenario] | None:
     )
 
 
+def _chunked_loss(scenario: Scenario) -> tuple[str, Scenario] | None:
+    """An eighth of the logits at a time, but no more tokens than keep a device's products fast."""
+    if scenario.chunk_tokens is not None or scenario.model.electra is not None:
+        return None
+    chunk = min(AUTO_CHUNK_TOKENS, max(1, scenario.loss_tokens // 8))
+    return f"loss.chunk_tokens={chunk}", replace(scenario, chunk_tokens=chunk)
+
+
+def _modules(scenario: Scenario) -> tuple[str, Scenario] | None:
+    """Norms and activations are cheap to make again, and are more than fused attention keeps."""
+    if scenario.recompute == "full" or len(scenario.recompute_modules) > 1:
+        return None
+    model = scenario.model
+    modules = [name for name in ("core_attn", "layernorm", "mlp", "moe") if is_there(name, model)]
+    if model.position_embedding == "relative":
+        modules.remove("core_attn")
+    edited = replace(scenario, recompute="selective", recompute_every=1, recompute_modules=tuple(modules))
+    word = f"recompute.mode=selective recompute.modules=[{','.join(modules)}]"
+    return word, edited
+
+
 def _recompute(mode: Any) -> Edit:
     order = ("none", "selective", "full")
 
     def edit(scenario: Scenario) -> tuple[str, Scenario] | None:
         if order.index(scenario.recompute) >= order.index(mode):
             return None
-        return f"recompute={mode}", replace(scenario, recompute=mode, recompute_every=1)
+        edited = replace(scenario, recompute=mode, recompute_every=1, recompute_modules=("core_attn",))
+        return f"recompute={mode}", edited
 
     return edit
 
@@ -128,8 +152,10 @@ def _more_ranks(axis: str, factor: int) -> Edit:
 
 EDITS: tuple[Edit, ...] = (
     _sequence_parallel,
+    _chunked_loss,
     _smaller_micro_batch,
     _recompute("selective"),
+    _modules,
     _zero(1, "zero1.json"),
     _zero(2, "zero2.json"),
     _recompute("full"),

@@ -35,6 +35,8 @@ class Scenario:
     gradient_dtype: Dtype = "fp32"  # in which gradients are summed over micro-batches
     recompute: RecomputeMode = "none"
     recompute_every: int = 1
+    recompute_modules: tuple[str, ...] = ("core_attn",)  # what selective recompute forgets
+    chunk_tokens: int | None = None  # of the head and its loss; None: a micro-batch's logits are made whole
     offload_optimizer: Place = "none"
     offload_parameters: Place = "none"
     target_length: int | None = None  # tokens of a decoder beside an encoder
@@ -50,6 +52,11 @@ class Scenario:
     def global_size(self) -> int:
         """Samples per optimizer step."""
         return self.micro_size * self.num_micro_batches * self.layout.dp
+
+    @property
+    def loss_tokens(self) -> int:
+        """Of one micro-batch, those that a head is asked for."""
+        return self.micro_size * (self.target_length or self.sequence_length)
 
     @property
     def tokens_per_step(self) -> int:
@@ -100,6 +107,8 @@ def scenario_of(run: Run) -> Scenario:
         gradient_dtype=config.precision.accumulate,
         recompute=config.recompute.mode,
         recompute_every=config.recompute.every,
+        recompute_modules=config.recompute.forgotten,
+        chunk_tokens=run.chunk_tokens,
         offload_optimizer=offload_place(run.deepspeed, "offload_optimizer"),
         offload_parameters=offload_place(run.deepspeed, "offload_param"),
         target_length=config.target_length,

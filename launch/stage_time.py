@@ -72,6 +72,8 @@ def _what_a_layer_knows(scenario: Scenario) -> Scenario:
         micro_size=scenario.micro_size,
         dtype=scenario.dtype,
         recompute=scenario.recompute,
+        recompute_modules=scenario.recompute_modules,
+        chunk_tokens=scenario.chunk_tokens,
         target_length=scenario.target_length,
         fused=scenario.fused,
     )

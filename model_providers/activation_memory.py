@@ -15,6 +15,8 @@ from model_providers.config import ModelConfig
 from model_providers.moe_config import MoEConfig
 
 RecomputeMode = Literal["none", "selective", "full"]
+# What ``selective`` may forget, in megatron-core's words (transformer_config.py, recompute_modules).
+RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts", "mla_up_proj")
 
 # Widths of the MLP kept between its two linears, the second one's input included, in multiples of ffn_width.
 KEPT_FFN_WIDTHS = {
@@ -28,6 +30,20 @@ KEPT_FFN_WIDTHS = {
 }
 
 
+def is_there(module: str, model: ModelConfig) -> bool:
+    """Whether a model has such parts as selective recompute forgets under this name."""
+    has_experts = [model.has_experts(layer) for layer in range(model.num_layers)]
+    return {
+        "core_attn": True,
+        "layernorm": not model.norms_after,
+        "mlp": not all(has_experts),
+        "moe": any(has_experts),
+        "moe_act": any(has_experts),
+        "shared_experts": model.moe is not None and bool(model.moe.shared_ffn_hidden_size),
+        "mla_up_proj": model.mla is not None,
+    }[module]
+
+
 class ActivationMemory(NamedTuple):
     model: ModelConfig
     sequence_length: int
@@ -37,6 +53,8 @@ class ActivationMemory(NamedTuple):
     bytes_per_value: int
     fused: bool
     etp: int  # ranks that share an expert's matrices
+    modules: tuple[str, ...] = ("core_attn",)  # that selective recompute forgets
+    chunked_loss: bool = False
 
     def embedding(self) -> float:
         """Its dropout's mask, and the token's id."""
@@ -48,9 +66,12 @@ class ActivationMemory(NamedTuple):
         if self.recompute == "full":
             return self.bytes_per_value * self.model.hidden_size / self._shards()  # 2 sbh: the input alone
         attention = self._latent_projections() if self.model.mla is not None else self._projections()
-        if self.recompute != "selective":
+        if not self._forgets("core_attn"):
             attention += self._core_attention()
-        mlp = self._experts() if has_experts else self._mlp(self.model.ffn_width) / self.tp
+        if self._forgets("moe" if has_experts else "mlp"):
+            mlp = 0.0
+        else:
+            mlp = self._experts() if has_experts else self._mlp(self.model.ffn_width) / self.tp
         return self._norms_and_residual() / self._shards() + attention / self.tp + mlp
 
     def looking_ahead(self) -> float:
@@ -63,7 +84,7 @@ class ActivationMemory(NamedTuple):
         if self.recompute == "full":
             return 0.0
         m, core = self.model, 0.0
-        if self.recompute != "selective":  # without a bias: fused, and its output is the projection's input
+        if not self._forgets("core_attn"):  # without a bias: fused, and its output is the projection's input
             core = 4 * m.num_attention_heads if self.fused else self._core_attention()
         norm = 2 * self.bytes_per_value * m.hidden_size + self._statistics()
         return norm / self._shards() + (2 * self.bytes_per_value * m.query_width + core) / self.tp
@@ -78,12 +99,20 @@ class ActivationMemory(NamedTuple):
         return (self.bytes_per_value * self.model.hidden_size + self._statistics()) / self._shards()
 
     def head(self) -> float:
-        """Its input, and the logits of this rank's share of the vocabulary (in fp32 in the paper, section 4.3)."""
+        """Its input, and the logits of this rank's share of the vocabulary (in fp32 in the paper, section 4.3).
+
+        In chunks, a log-sum-exp, a label and a weight stand for a token's logits.
+        """
         logits = (self.bytes_per_value if self.fused else 4) * self.model.padded_vocab_size / self.tp
+        if self.chunked_loss:
+            logits = 4 + 8 + 4
         kept = self.bytes_per_value * self.model.hidden_size
         if self.model.bert is not None:  # the transform, its activation and its norm
             kept += 3 * self.bytes_per_value * self.model.hidden_size + self._statistics()
         return kept / self._shards() + logits
+
+    def _forgets(self, module: str) -> bool:
+        return self.recompute == "selective" and module in self.modules
 
     def _shards(self) -> int:
         return self.tp if self.sequence_parallel else 1
@@ -101,6 +130,8 @@ class ActivationMemory(NamedTuple):
     def _norms_and_residual(self) -> float:
         """Input and output of both norms and two dropout masks: 10 h in the paper."""
         h, mask = self.model.hidden_size, self._mask(self.model.hidden_dropout)
+        if self._forgets("layernorm"):
+            return 2 * (self.bytes_per_value * h + mask * h)
         return 2 * (2 * self.bytes_per_value * h + mask * h + self._statistics())
 
     def _projections(self) -> float:
@@ -120,7 +151,12 @@ class ActivationMemory(NamedTuple):
         """
         m, mla = self.model, self.model.mla
         assert mla is not None
-        is_filled_up = mla.v_head_dim < mla.qk_head_dim and self.recompute != "selective"
+        is_filled_up = mla.v_head_dim < mla.qk_head_dim and not self._forgets("core_attn")
+        if self._forgets("mla_up_proj"):
+            filled = m.num_attention_heads * mla.qk_head_dim if is_filled_up else 0
+            whole = self.bytes_per_value * (mla.kv_lora_rank + (mla.q_lora_rank or 0))
+            turned = self.bytes_per_value * mla.qk_rope_head_dim * self.tp
+            return self.bytes_per_value * (filled + m.value_width) + whole * self.tp / self._shards() + turned
         values = mla.qk_head_dim if is_filled_up else mla.qk_nope_head_dim + mla.v_head_dim
         heads = self.bytes_per_value * (2 * m.query_width + m.num_attention_heads * values + m.value_width)
         ranks = [rank for rank in (mla.q_lora_rank, mla.kv_lora_rank) if rank is not None]
@@ -136,10 +172,13 @@ class ActivationMemory(NamedTuple):
         assert moe is not None
         # Gated SiLU takes the router's weights along; other activations are kept before they are weighed too.
         again = 0 if m.activation == "swiglu" else self.bytes_per_value * moe.ffn_hidden_size
-        row = self.bytes_per_value * m.hidden_size + (self._mlp(moe.ffn_hidden_size) + again) / self.etp + 4
+        middle = self._mlp(moe.ffn_hidden_size) + again
+        if self._forgets("moe_act"):
+            middle = self.bytes_per_value * (2 if m.is_gated else 1) * moe.ffn_hidden_size
+        row = self.bytes_per_value * m.hidden_size + middle / self.etp + 4
         rows = moe.top_k * self.etp / self.tp
         shared = 0.0
-        if moe.shared_ffn_hidden_size:
+        if moe.shared_ffn_hidden_size and not self._forgets("shared_experts"):
             shared = self._mlp(moe.shared_ffn_hidden_size) / self.tp
             if moe.shared_gate:
                 shared += self.bytes_per_value * (m.hidden_size + 1) / self._shards()

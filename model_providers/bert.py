@@ -4,9 +4,10 @@ from functools import partial
 
 from model_providers import electra
 from model_providers.building import WORD_EMBEDDINGS, Building, Construct, checkpoint
+from model_providers.cross_entropy import VocabularyShare
 from model_providers.encoder_modules import EncoderEmbedding, EncoderHead
 from model_providers.layer_plan import BERTInputs, GPTValue, LayerPlan, Tie
-from model_providers.losses import MaskedLoss, VocabularyShare
+from model_providers.losses import MaskedLoss
 from model_providers.masks import MaskMaker
 from model_providers.rotary import RotaryTable
 from model_providers.stage_modules import Block, FinalNorm, PostNormBlock
@@ -34,14 +35,17 @@ def plan(building: Building) -> LayerPlan:
         )
     if not model.norms_after:
         modules["final_norm"] = partial(FinalNorm, config, chosen)
-    modules["head"] = partial(EncoderHead, model, config, groups, chosen)
+    loss = MaskedLoss(VocabularyShare(model.known_vocab_size, model.padded_vocab_size, groups.tp))
+    in_head = building.loss_of_head(loss)
+    modules["head"] = partial(EncoderHead, model, config, groups, chosen, in_head)
     ties = (Tie("embedding", WORD_EMBEDDINGS, "head", "weight"),) if model.tie_embeddings else ()
     return LayerPlan(
         layers=building.layers(modules, ties, checkpointable=("layers.",)),
         ties=ties,
-        loss=MaskedLoss(VocabularyShare(model.known_vocab_size, model.padded_vocab_size, groups.tp)),
+        loss=loss,
         inputs_type=BERTInputs,
         value_type=GPTValue,
         recompute=building.recompute,
         checkpoint_function=checkpoint,
+        head_makes_loss=in_head is not None,
     )

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from model_providers import mcore_on_cpu
+from model_providers.chunked_loss import HeadProduct
 from model_providers.config import ModelConfig
 from model_providers.cost import LayerCost, layer_costs
 from model_providers.dispatch import Nodes
@@ -18,7 +19,7 @@ from model_providers.fp8.config import Fp8Config
 from model_providers.fp8.linears import name_linears
 from model_providers.initial import draw_weights
 from model_providers.kernels import Kernels, choose_kernels, fp8_kernels
-from model_providers.layer_plan import PlannedLayer, Recompute, Tie
+from model_providers.layer_plan import LossOfHead, PlannedLayer, Recompute, Tie
 from model_providers.layout import Layout, TensorPlace, layout_problems
 from model_providers.mcore_config import mcore_config
 
@@ -42,6 +43,7 @@ class Building(NamedTuple):
     recompute: Recompute
     nodes: Nodes | None  # how ranks that share experts lie on machines
     fp8: Fp8Config | None
+    chunk_tokens: int | None  # of the head's product and its loss; None: all tokens at once
 
     @classmethod
     def prepare(
@@ -59,6 +61,7 @@ class Building(NamedTuple):
         recompute: Recompute = NO_RECOMPUTE,
         nodes: Nodes | None = None,
         fp8: Fp8Config | None = None,
+        chunk_tokens: int | None = None,
     ) -> Self:
         """``groups``: a ProcessGroupCollection with tp, cp and pp, and with experts all that concerns them; or
         ``solo_groups()`` for a single process.  Of two stacks ``sequence_length`` is the encoder's, and
@@ -78,12 +81,27 @@ class Building(NamedTuple):
             sequence_length,
             target_length=target_length,
             recompute=recompute.mode,
+            recompute_modules=recompute.modules,
             tp=layout.tp,
             etp=layout.expert_tp,
             sequence_parallel=layout.shards_sequence,
             bytes_per_value=params_dtype.itemsize,
+            chunked_loss=chunk_tokens is not None,
         )
-        return cls(model, layout, groups, config, chosen, costs, seed, device, recompute, nodes, fp8)
+        return cls(
+            model,
+            layout,
+            groups,
+            config,
+            chosen,
+            costs,
+            seed,
+            device,
+            recompute,
+            nodes,
+            fp8,
+            chunk_tokens,
+        )
 
     def kernels_of(self, index: int, num_blocks: int) -> Kernels:
         """Those of block ``index`` in a stack of ``num_blocks``; what looks ahead comes behind the last, and follows it
@@ -92,6 +110,12 @@ class Building(NamedTuple):
         if self.fp8 is None or not self.fp8.is_fp8_block(index, num_blocks):
             return self.kernels
         return fp8_kernels(self.kernels, self.fp8)
+
+    def loss_of_head(self, loss: Callable[[Any, Any], torch.Tensor]) -> LossOfHead | None:
+        """What a head needs to make its loss in chunks, if it shall."""
+        if self.chunk_tokens is None:
+            return None
+        return LossOfHead(loss, HeadProduct(self.chunk_tokens, self.layout.shards_sequence))
 
     def layers(
         self, modules: Mapping[str, Construct], ties: tuple[Tie, ...], *, checkpointable: tuple[str, ...]

@@ -49,11 +49,13 @@ def layer_costs(
     target_length: int | None = None,
     attention: AttentionCount = "causal",
     recompute: RecomputeMode = "none",
+    recompute_modules: tuple[str, ...] = ("core_attn",),
     tp: int = 1,
     etp: int | None = None,
     sequence_parallel: bool = False,
     bytes_per_value: int = 2,
     fused: bool = True,
+    chunked_loss: bool = False,
 ) -> list[LayerCost]:
     """Embedding, blocks, final norm, head, in the order of the plan.
 
@@ -62,7 +64,16 @@ def layer_costs(
     """
     sharded = sequence_parallel and tp > 1
     memory = ActivationMemory(
-        model, sequence_length, recompute, tp, sharded, bytes_per_value, fused, tp if etp is None else etp
+        model,
+        sequence_length,
+        recompute,
+        tp,
+        sharded,
+        bytes_per_value,
+        fused,
+        etp=tp if etp is None else etp,
+        modules=recompute_modules,
+        chunked_loss=chunked_loss,
     )
 
     if model.electra is not None:

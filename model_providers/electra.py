@@ -17,6 +17,7 @@ from torch import nn
 
 from model_providers.building import WORD_EMBEDDINGS, Building, Construct, checkpoint
 from model_providers.config import ModelConfig
+from model_providers.cross_entropy import TokenLosses, VocabularyShare
 from model_providers.kernels import Kernels
 from model_providers.layer_plan import (
     ElectraInputs,
@@ -26,7 +27,6 @@ from model_providers.layer_plan import (
     Tie,
 )
 from model_providers.linears import ReplicatedLinear
-from model_providers.losses import TokenLosses, VocabularyShare
 from model_providers.masks import MaskMaker, positions
 from model_providers.mcore_config import mcore_config
 from model_providers.random_streams import derive_seed

@@ -9,12 +9,13 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from model_providers.chunked_loss import PendingLogits
 from model_providers.config import ModelConfig
 from model_providers.kernels import Kernels
-from model_providers.layer_plan import BERTInputs, GPTValue, PlanModule
+from model_providers.layer_plan import BERTInputs, GPTValue, LossOfHead, PlanModule
 from model_providers.linears import ReplicatedLinear
 from model_providers.masks import positions
-from model_providers.stage_modules import shard_stream, word_embeddings
+from model_providers.stage_modules import one_or_all, shard_stream, word_embeddings
 
 NUM_SENTENCE_CLASSES = 2
 
@@ -56,15 +57,24 @@ class EncoderEmbedding(PlanModule):
 
 
 class EncoderHead(PlanModule):
-    """What was masked, as logits over this rank's share of the vocabulary, and with a pooler two classes of sentences.
+    """What was masked, as logits over this rank's share of the vocabulary, and with a pooler two classes of sentences;
+    given targets too, the loss, without ever making all logits.
 
     The transform before the logits and the pooler are Devlin et al.'s, whose code has them (google-research/bert,
     run_pretraining.py and modeling.py).
     """
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig, groups: Any, kernels: Kernels):
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: TransformerConfig,
+        groups: Any,
+        kernels: Kernels,
+        loss: LossOfHead | None = None,
+    ):
         super().__init__()
         assert model.bert is not None
+        self.loss = loss
         h = model.hidden_size
         self.config, self.tp_group = config, groups.tp
         self.transform = ReplicatedLinear(config, h, h, bias=True)
@@ -89,19 +99,29 @@ class EncoderHead(PlanModule):
             self.sentence = ReplicatedLinear(config, h, NUM_SENTENCE_CLASSES, bias=True, sees_all=True)
 
     def apply_to(self, value: GPTValue) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        hidden = value.hidden
-        logits, _ = self.projection(
-            self.norm(self.config.activation_func(self.transform(hidden))), weight=self.weight
+        logits, _ = self.projection(self._transformed(value.hidden), weight=self.weight)
+        return one_or_all([logits + self.bias, *self._sentences(value.hidden)])  # [s b v/tp]
+
+    def loss_of(self, value: GPTValue, targets: Any) -> torch.Tensor:
+        assert self.loss is not None, "nobody told this head how to make its loss"
+        pending = PendingLogits(
+            self._transformed(value.hidden), self.weight, self.loss.product, bias=self.bias
         )
-        logits = logits + self.bias  # [s b v/tp]
+        return self.loss.function(one_or_all([pending, *self._sentences(value.hidden)]), targets)
+
+    def _transformed(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.config.activation_func(self.transform(hidden)))
+
+    def _sentences(self, hidden: torch.Tensor) -> list[torch.Tensor]:
+        """Of a second task: [b 2]"""
         if self.pooler is None or self.sentence is None:
-            return logits
+            return []
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.tp_group
             )
         pooled = torch.tanh(self.pooler(hidden[:1]))  # [1 b h]
-        return logits, self.sentence(pooled)[0]  # [b 2]
+        return [self.sentence(pooled)[0]]
 
 
 def _table(rows: int, config: TransformerConfig) -> nn.Embedding:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import tensor_parallel
 from megatron.core.transformer.module import MegatronModule
 from torch import nn
 
@@ -131,6 +132,7 @@ class GroupedExperts(MegatronModule):
         self.linear_fc2 = ExpertLinear(config, num_local_experts, config.hidden_size, width, cut=2, stride=1)
         self._is_gated_silu = config.gated_linear_unit and config.activation_func is F.silu
         self._activation = GatedActivation(config) if config.gated_linear_unit else config.activation_func
+        self._forgets = config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
 
     def forward(
         self,
@@ -139,8 +141,13 @@ class GroupedExperts(MegatronModule):
         probs: torch.Tensor,  # [t], the router's weight of each
     ) -> tuple[torch.Tensor, None]:
         counts = tokens_per_expert.tolist()
-        middle = self._weighted(self.linear_fc1(tokens, counts), probs)  # [t f]
-        return self.linear_fc2(middle, counts), None
+        wide = self.linear_fc1(tokens, counts)  # [t f], gated [t 2f]
+        if not self._forgets:
+            return self.linear_fc2(self._weighted(wide, probs), counts), None
+        again = tensor_parallel.CheckpointWithoutOutput()
+        output = self.linear_fc2(again.checkpoint(self._weighted, wide, probs), counts)
+        again.discard_output_and_register_recompute(output)
+        return output, None
 
     def _weighted(self, x: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
         if self._is_gated_silu:

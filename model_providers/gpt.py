@@ -3,8 +3,9 @@
 from functools import partial
 
 from model_providers.building import WORD_EMBEDDINGS, Building, Construct, checkpoint
+from model_providers.cross_entropy import VocabularyShare
 from model_providers.layer_plan import GPTInputs, GPTValue, LayerPlan, Tie
-from model_providers.losses import VocabularyShare, WeightedLoss
+from model_providers.losses import WeightedLoss
 from model_providers.masks import MaskMaker
 from model_providers.moe_layer import ExpertPlace
 from model_providers.rotary import RotaryTable
@@ -33,19 +34,22 @@ def plan(building: Building) -> LayerPlan:
     depths = range(1, model.mtp.depth + 1) if model.mtp is not None else ()
     for depth in depths:
         modules[f"mtp.{depth - 1}"] = partial(look_ahead, depth)
-    modules["head"] = partial(Head, model, config, groups, chosen)
+    loss = WeightedLoss(
+        VocabularyShare(model.known_vocab_size, model.padded_vocab_size, groups.tp),
+        ahead_weight=model.mtp.loss_weight if model.mtp is not None else 0.0,
+    )
+    in_head = building.loss_of_head(loss)
+    modules["head"] = partial(Head, model, config, groups, chosen, in_head)
     ties = tuple(Tie("embedding", WORD_EMBEDDINGS, f"mtp.{depth - 1}", WORD_EMBEDDINGS) for depth in depths)
     if model.tie_embeddings:
         ties += (Tie("embedding", WORD_EMBEDDINGS, "head", "weight"),)
     return LayerPlan(
         layers=building.layers(modules, ties, checkpointable=("layers.", "mtp.")),
         ties=ties,
-        loss=WeightedLoss(
-            VocabularyShare(model.known_vocab_size, model.padded_vocab_size, groups.tp),
-            ahead_weight=model.mtp.loss_weight if model.mtp is not None else 0.0,
-        ),
+        loss=loss,
         inputs_type=GPTInputs,
         value_type=GPTValue,
         recompute=building.recompute,
         checkpoint_function=checkpoint,
+        head_makes_loss=in_head is not None,
     )

@@ -6,10 +6,12 @@ passes back its own heads' share of the rotated key alone), and positions come f
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import (
+    CheckpointWithoutOutput,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
@@ -63,6 +65,8 @@ class LatentAttention(Attention):
         self.linear_kv_up_proj = self._column(
             submodules, latent, heads * (config.qk_head_dim + config.v_head_dim)
         )
+        forgets = config.recompute_granularity == "selective"
+        self._forgets_heads = forgets and "mla_up_proj" in config.recompute_modules
 
     def _column(self, submodules: LatentSubmodules, size_in: int, size_out: int) -> nn.Module:
         return submodules.column_linear(
@@ -90,34 +94,56 @@ class LatentAttention(Attention):
         **unused: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         assert rotary_pos_emb is not None, "latent attention turns a part of its keys"
-        query, key, value = self.get_query_key_value_tensors(hidden_states, *rotary_pos_emb)
+        latents = self._down(hidden_states)
+        again = CheckpointWithoutOutput() if self._forgets_heads and self.training else None
+        up = partial(self._up, rotary_pos_emb)  # a table of all layers', which nobody has to save
+        query, key, value = up(*latents) if again is None else again.checkpoint(up, *latents)
         if inference_context is not None:
             key, value = extend_cache(inference_context, self.layer_number, key, value)
         core = self.core_attention
         if self.checkpoint_core_attention and self.training:
             core = self._checkpointed_attention_forward
         kind = mask_type(self.attn_mask_type, query.size(0), key.size(0))
-        return self.linear_proj(core(query, key, value, attention_mask, attn_mask_type=kind))  # [s b h]
+        attended = core(query, key, value, attention_mask, attn_mask_type=kind)
+        if again is not None:
+            again.discard_output_and_register_recompute(attended)
+        return self.linear_proj(attended)  # [s b h]
 
     def get_query_key_value_tensors(  # type: ignore[override]
         self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """-> query and key [s b n/tp (d + r)], value [s b n/tp v]; d does not turn, r does."""
+        return self._up((cos, sin), *self._down(hidden_states))
+
+    def _down(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """-> the queries' latent (or what stands for one), the keys' and values', and all tokens' part that turns."""
+        config = self.config
+        narrow = hidden_states if config.q_lora_rank is None else self.linear_q_down_proj(hidden_states)
+        sizes = [config.kv_lora_rank, config.qk_pos_emb_head_dim]
+        latent, shared = self.linear_kv_down_proj(hidden_states).split(sizes, dim=-1)
+        return narrow, latent.contiguous(), self._whole(shared.contiguous())
+
+    def _up(
+        self,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        narrow: torch.Tensor,
+        latent: torch.Tensor,
+        shared: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         config = self.config
         plain, turned = config.qk_head_dim, config.qk_pos_emb_head_dim
         if config.q_lora_rank is None:
-            query, _ = self.linear_q_proj(hidden_states)
+            query, _ = self.linear_q_proj(narrow)
         else:
-            query, _ = self.linear_q_up_proj(self.q_layernorm(self.linear_q_down_proj(hidden_states)))
+            query, _ = self.linear_q_up_proj(self.q_layernorm(narrow))
         query = query.unflatten(-1, (-1, plain + turned))  # [s b n/tp (d + r)]
-        latent, shared = self.linear_kv_down_proj(hidden_states).split([config.kv_lora_rank, turned], dim=-1)
-        joined, _ = self.linear_kv_up_proj(self.kv_layernorm(latent.contiguous()))
+        joined, _ = self.linear_kv_up_proj(self.kv_layernorm(latent))
         key, value = joined.unflatten(-1, (-1, plain + config.v_head_dim)).split(
             [plain, config.v_head_dim], dim=-1
         )
-        shared = rotate(self._whole(shared.contiguous()).unsqueeze(2), cos, sin)  # [s b 1 r]
+        shared = rotate(shared.unsqueeze(2), *angles)  # [s b 1 r]
         query_plain, query_turned = query.split([plain, turned], dim=-1)
-        query = torch.cat((query_plain, rotate(query_turned, cos, sin)), dim=-1)
+        query = torch.cat((query_plain, rotate(query_turned, *angles)), dim=-1)
         key = torch.cat((key, shared.expand(-1, -1, key.size(2), -1)), dim=-1)
         return query, key, value
 

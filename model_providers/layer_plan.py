@@ -17,6 +17,8 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 from torch import nn
 
+from model_providers.activation_memory import RECOMPUTE_MODULES
+from model_providers.chunked_loss import HeadProduct
 from model_providers.cost import LayerCost
 from model_providers.errors import ModelError
 from model_providers.random_streams import begin_layer
@@ -177,13 +179,14 @@ class Targets(NamedTuple):
 class Recompute(NamedTuple):
     """What the forward pass forgets and the backward pass computes again.
 
-    ``selective``: core attention, inside the layers.  ``full``: whole layers in groups of ``every``, which
-    the engine does with the plan's ``checkpoint_function``.  ``offload_above_bytes``: of what layers keep, larger
-    tensors wait on the host; None: nothing does.
+    ``selective``: ``modules``, inside the layers.  ``full``: whole layers in groups of ``every``, which the engine does
+    with the plan's ``checkpoint_function``.  ``offload_above_bytes``: of what layers keep, larger tensors wait on the
+    host; None: nothing does.
     """
 
     mode: Literal["none", "selective", "full"] = "none"
     every: int = 1
+    modules: tuple[str, ...] = ("core_attn",)  # of RECOMPUTE_MODULES
     offload_above_bytes: int | None = None
 
     def checked(self) -> "Recompute":
@@ -191,6 +194,11 @@ class Recompute(NamedTuple):
             raise ModelError(f"recompute.mode={self.mode}: unknown; choose none, selective or full")
         if self.every < 1:
             raise ModelError(f"recompute.every={self.every}: counts layers; use 1 or more")
+        unknown = [name for name in self.modules if name not in RECOMPUTE_MODULES]
+        if unknown:
+            raise ModelError(
+                f"recompute.modules={unknown[0]}: unknown; choose among {', '.join(RECOMPUTE_MODULES)}"
+            )
         return self
 
 
@@ -216,6 +224,13 @@ class Tie(NamedTuple):
     user_parameter: str
 
 
+class LossOfHead(NamedTuple):
+    """How a head makes its loss itself."""
+
+    function: Callable[[Any, Any], torch.Tensor]  # the plan's
+    product: HeadProduct
+
+
 class LayerPlan(NamedTuple):
     layers: tuple[PlannedLayer, ...]
     ties: tuple[Tie, ...]
@@ -224,6 +239,7 @@ class LayerPlan(NamedTuple):
     value_type: type[Value]
     recompute: Recompute
     checkpoint_function: Callable[..., Any]  # (function, *tensors): reentrant, restores every random stream
+    head_makes_loss: bool = False  # given targets too, so that logits are never there as a whole
 
 
 def _to_wire(value: Inputs | Value) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -260,9 +276,16 @@ class PlanModule(nn.Module):
     def apply_to(self, value: Any) -> Any:
         raise NotImplementedError
 
-    def forward(self, value: Any) -> Any:
+    def loss_of(self, value: Any, targets: Any) -> torch.Tensor:
+        """Of a head that makes it: a scalar."""
+        raise NotImplementedError
+
+    def forward(self, value: Any, *targets: torch.Tensor) -> Any:
         if self.stream is not None and self.training:
             begin_layer(self.stream)
+        if targets:
+            whole = value if isinstance(value, self.takes) else self.takes.from_wire(value)
+            return self.loss_of(whole, targets)
         if isinstance(value, self.takes):
             return self.apply_to(value)
         output = self.apply_to(self.takes.from_wire(value))

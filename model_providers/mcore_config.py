@@ -74,7 +74,6 @@ def mcore_config(
         tensor_model_parallel_size=layout.tp,
         sequence_parallel=layout.shards_sequence,
         recompute_granularity="selective" if recompute.mode == "selective" else None,
-        recompute_modules=["core_attn"] if recompute.mode == "selective" else None,
         # Our gated activation is a module of the layer spec, and megatron-core takes one under this flag
         # only.
         use_te_activation_func=model.is_gated and not fuse,
@@ -85,6 +84,8 @@ def mcore_config(
         transformer_impl="transformer_engine" if fuse else "local",
     )
     config.activation_func = ACTIVATIONS[model.activation]  # which the check of gated ones may not know
+    # Set here because that check knows of experts and latent attention in Transformer Engine's form alone.
+    config.recompute_modules = list(recompute.modules)
     return config
 
 

@@ -11,9 +11,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import nn
 
+from model_providers.chunked_loss import PendingLogits
 from model_providers.config import ModelConfig
 from model_providers.kernels import Kernels
-from model_providers.layer_plan import GPTInputs, GPTValue, PlanModule
+from model_providers.layer_plan import GPTInputs, GPTValue, LossOfHead, PlanModule
 from model_providers.masks import MaskMaker, positions
 from model_providers.moe_layer import ExpertPlace
 from model_providers.rotary import RotaryTable
@@ -74,11 +75,14 @@ class Block(PlanModule, TransformerLayer):
     ):
         parts = self.parts_of(kernels, config, groups, experts, is_causal)
         super().__init__(config, parts, layer_number=layer_index + 1, pg_collection=groups)
+        if self.recompute_mlp:
+            self.mlp.register_forward_hook(_lend_bias)
         self.rotary, self.masks, self.precision = rotary, masks, kernels.precision
 
     config: TransformerConfig
     rotary: RotaryTable | None
     attention_norm: nn.Module  # where norms come after sums
+    mlp: nn.Module
     mlp_norm: nn.Module
 
     @staticmethod
@@ -116,6 +120,16 @@ class Block(PlanModule, TransformerLayer):
 
     def _sequence_shards(self) -> int:
         return self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+
+
+def _lend_bias(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """A view of the bias that an MLP hands on, in place of the parameter.
+
+    megatron-core's recompute returns it from an autograd function, which makes it that function's output and no leaf
+    any more: the backward pass would then call itself for ever (seen with torch 2.13).
+    """
+    product, bias = output
+    return product, None if bias is None else bias.view_as(bias)
 
 
 class PostNormBlock(Block):
@@ -222,11 +236,20 @@ class LookAhead(PlanModule):
 class Head(PlanModule):
     """Logits over this rank's share of the padded vocabulary; the weight is its own even when tied (see Tie).
 
-    Where layers looked ahead, a tuple: the next token's logits, and those of each depth.
+    Where layers looked ahead, a tuple: the next token's logits, and those of each depth.  A head that is given targets
+    too answers with the loss, and never makes all logits.
     """
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig, groups: Any, kernels: Kernels):
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: TransformerConfig,
+        groups: Any,
+        kernels: Kernels,
+        loss: LossOfHead | None = None,
+    ):
         super().__init__()
+        self.loss = loss
         rows = model.padded_vocab_size // groups.tp.size()
         self.weight = nn.Parameter(torch.empty(rows, model.hidden_size, dtype=config.params_dtype))
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
@@ -240,15 +263,29 @@ class Head(PlanModule):
             tp_group=groups.tp,
         )
 
-    def apply_to(self, value: GPTValue) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    def apply_to(self, value: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        return one_or_all([self._logits(hidden) for hidden in self._looked_at(value)])
+
+    def loss_of(self, value: Any, targets: Any) -> torch.Tensor:
+        assert self.loss is not None, "nobody told this head how to make its loss"
+        product = self.loss.product
+        pending = [PendingLogits(hidden, self.weight, product) for hidden in self._looked_at(value)]
+        return self.loss.function(one_or_all(pending), targets)
+
+    def _looked_at(self, value: GPTValue) -> list[torch.Tensor]:
+        """Hidden states of the next token, and of each depth."""
         if value.ahead is None:
-            return self._logits(value.hidden)
-        depths = value.ahead.chunk(value.ahead.size(0) // value.hidden.size(0))
-        return self._logits(value.hidden), *(self._logits(hidden) for hidden in depths)
+            return [value.hidden]
+        return [value.hidden, *value.ahead.chunk(value.ahead.size(0) // value.hidden.size(0))]
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits, _ = self.projection(hidden, weight=self.weight)  # [s b h] -> [s b v/tp]
         return logits
+
+
+def one_or_all(outputs: list[Any]) -> Any:
+    """What a loss takes: one head's output as it is, several as a tuple."""
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
 def word_embeddings(

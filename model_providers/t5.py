@@ -4,8 +4,9 @@ from functools import partial
 
 from model_providers.building import WORD_EMBEDDINGS, Building, Construct, checkpoint
 from model_providers.config import ModelConfig
+from model_providers.cross_entropy import VocabularyShare
 from model_providers.layer_plan import LayerPlan, T5Inputs, T5Value, Tie
-from model_providers.losses import VocabularyShare, WeightedLoss
+from model_providers.losses import WeightedLoss
 from model_providers.masks import MaskMaker
 from model_providers.rotary import RotaryTable
 from model_providers.t5_modules import SourceEmbedding, StackBlock, StackNorm, TargetEmbedding, TargetHead
@@ -34,16 +35,19 @@ def plan(building: Building) -> LayerPlan:
     for index in range(model.num_layers):
         modules[f"decoder.{index}"] = partial(block, index, True)
     modules["final_norm"] = partial(StackNorm, config, chosen)
-    modules["head"] = partial(TargetHead, model, config, groups, chosen)
+    loss = WeightedLoss(VocabularyShare(model.known_vocab_size, model.padded_vocab_size, groups.tp))
+    in_head = building.loss_of_head(loss)
+    modules["head"] = partial(TargetHead, model, config, groups, chosen, in_head)
     ties = _ties(model)
     return LayerPlan(
         layers=building.layers(modules, ties, checkpointable=("encoder.", "decoder.")),
         ties=ties,
-        loss=WeightedLoss(VocabularyShare(model.known_vocab_size, model.padded_vocab_size, groups.tp)),
+        loss=loss,
         inputs_type=T5Inputs,
         value_type=T5Value,
         recompute=building.recompute,
         checkpoint_function=checkpoint,
+        head_makes_loss=in_head is not None,
     )
 
 

@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from model_providers.config import ModelConfig
 from model_providers.kernels import Kernels
-from model_providers.layer_plan import PlanModule, T5Inputs, T5Value
+from model_providers.layer_plan import LossOfHead, PlanModule, T5Inputs, T5Value
 from model_providers.masks import MaskMaker, hidden_keys
 from model_providers.moe_layer import ExpertPlace
 from model_providers.relative import RelativeBias
@@ -138,10 +138,17 @@ class TargetHead(Head):
 
     takes = T5Value
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig, groups: Any, kernels: Kernels):
-        super().__init__(model, config, groups, kernels)
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: TransformerConfig,
+        groups: Any,
+        kernels: Kernels,
+        loss: LossOfHead | None = None,
+    ):
+        super().__init__(model, config, groups, kernels, loss)
         assert model.t5 is not None
         self.scale = model.hidden_size**-0.5 if model.t5.scaled_output and model.tie_embeddings else 1.0
 
-    def apply_to(self, value: Any) -> torch.Tensor:
-        return self._logits(value.hidden * self.scale if self.scale != 1.0 else value.hidden)
+    def _looked_at(self, value: Any) -> list[torch.Tensor]:
+        return [value.hidden * self.scale if self.scale != 1.0 else value.hidden]

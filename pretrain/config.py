@@ -14,7 +14,9 @@ from data_tools.objectives import SpanCorruption
 from data_tools.span_corruption import lengths
 from model_providers.config import Facts, ModelConfig
 from model_providers.fp8.config import Fp8Config
+from model_providers.loss_chunks import ChunkTokens
 
+RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts", "mla_up_proj"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 
 
@@ -152,12 +154,29 @@ class RecomputeConfig(Facts):
     """Activations that are dropped in the forward pass and computed again in the backward pass, or wait elsewhere."""
 
     mode: Literal["none", "selective", "full"] = Field(
-        "none", description="selective drops the core attention only"
+        "none", description="selective drops what recompute.modules names, full whole layers"
+    )
+    modules: tuple[RecomputeModule, ...] | None = Field(
+        None, description="selective: parts of each layer; core_attn if not given"
     )
     every: int = Field(1, ge=1, description="full: layers between two kept activations")
     offload: bool = Field(False, description="what the layers keep all the same waits in the CPU's memory")
     offload_above_bytes: int = Field(
         1 << 20, ge=0, description="smaller tensors stay, since a copy costs more than they take"
+    )
+
+    @property
+    def forgotten(self) -> tuple[str, ...]:
+        """What selective recompute drops."""
+        return ("core_attn",) if self.modules is None else self.modules
+
+
+class LossConfig(Facts):
+    """How the head's product and the loss on its logits are computed."""
+
+    chunk_tokens: ChunkTokens = Field(
+        "auto",
+        description="tokens whose logits are there at once; all; auto: 2048 where a micro-batch's take over 2 GiB",
     )
 
 
@@ -234,6 +253,7 @@ class RunConfig(Facts):
     precision: PrecisionConfig = PrecisionConfig()
     fp8: Fp8Config | None = Field(None, description="eight bits for the linear layers' products")
     recompute: RecomputeConfig = RecomputeConfig()
+    loss: LossConfig = LossConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
     kernels: Literal["auto", "te", "torch"] = "auto"
@@ -256,6 +276,7 @@ SHORT_FOR = {
     "fp8": "recipe",
     "recompute": "mode",
     "schedule": "kind",
+    "loss": "chunk_tokens",
 }
 
 

@@ -23,6 +23,7 @@ from model_providers.config import ModelConfig
 from model_providers.cost import layer_costs, parameters
 from model_providers.errors import ModelError
 from model_providers.layout import Layout
+from model_providers.loss_chunks import chunk_tokens
 from model_providers.partition import partition_by
 from model_providers.presets import get_preset
 from pretrain import config_rules, ds_config
@@ -70,6 +71,18 @@ class Run:
     @property
     def tokens_per_step(self) -> int:
         return self.global_size * self.config.data.sequence_length
+
+    @property
+    def chunk_tokens(self) -> int | None:
+        """Of the head and its loss; None: a micro-batch's logits are made whole."""
+        config = self.config
+        length = config.target_length or config.data.sequence_length
+        return chunk_tokens(
+            config.loss.chunk_tokens,
+            config.model,
+            num_tokens=self.micro_size * length,
+            tp=self.layout.tp,
+        )
 
     @property
     def largest_shard(self) -> int:

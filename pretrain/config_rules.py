@@ -21,6 +21,7 @@ from pretrain.nested import get
 from pretrain.objective_rules import OBJECTIVE_RULES
 from pretrain.offload_rules import OFFLOAD_RULES, nvme_needs_a_folder
 from pretrain.optimizer_rules import OPTIMIZER_RULES, Rule, missing_package
+from pretrain.recompute_rules import RECOMPUTE_RULES
 
 AUTO_SCHEDULE = "auto"  # measured and chosen on the ranks, see engine/auto_schedule.py
 SPLIT_BACKWARD = ("zb-h1", "zb-v", "interleaved-zb")
@@ -301,6 +302,7 @@ RULES: tuple[Rule, ...] = (
     *OFFLOAD_RULES,
     *EXPERT_RULES,
     *OBJECTIVE_RULES,
+    *RECOMPUTE_RULES,
     *OPTIMIZER_RULES,
 )
 RULES_OF_THIS_MACHINE: tuple[Rule, ...] = (

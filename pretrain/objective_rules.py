@@ -69,15 +69,6 @@ def corrupted_text_is_plain(run: "Run") -> str | None:
     return None
 
 
-def relative_positions_recompute_whole_layers(run: "Run") -> str | None:
-    if run.config.recompute.mode == "selective" and run.config.model.position_embedding == "relative":
-        return (
-            "recompute.mode=selective with model.position_embedding=relative: its bias would lose its gradient; "
-            "use full or none, or rotary positions"
-        )
-    return None
-
-
 def prefixes_are_seen(run: "Run") -> str | None:
     data, attention = run.config.data, run.config.model.attention
     has_prefix = isinstance(data.objective, PrefixLM)
@@ -117,6 +108,20 @@ def replaced_tokens_are_told(run: "Run") -> str | None:
     return None
 
 
+def chunks_of_the_loss_are_known(run: "Run") -> str | None:
+    wanted = run.config.loss.chunk_tokens
+    if isinstance(wanted, int) and wanted < 1:
+        return (
+            f"loss.chunk_tokens={wanted}: counts tokens; use 1 or more, usually 1024 to 4096, or auto or all"
+        )
+    if isinstance(wanted, int) and run.config.model.electra is not None:
+        return (
+            f"loss.chunk_tokens={wanted} with model.electra: the generator draws its guesses from whole logits; use "
+            "auto or all"
+        )
+    return None
+
+
 OBJECTIVE_RULES: tuple[Rule, ...] = (
     family_is_the_models,
     objective_fits_the_family,
@@ -126,5 +131,5 @@ OBJECTIVE_RULES: tuple[Rule, ...] = (
     corrupted_text_is_plain,
     prefixes_are_seen,
     looking_ahead_ends_within_the_sample,
-    relative_positions_recompute_whole_layers,
+    chunks_of_the_loss_are_known,
 )

@@ -21,6 +21,7 @@ from model_providers.layer_plan import (
     T5Inputs,
     Wire,
 )
+from model_providers.losses import WeightedLoss
 from pretrain.batches import Feed, open_run_data
 from pretrain.checkpoint import save_load, store
 from pretrain.checkpoint.state import RunState, layout_of, model_of
@@ -125,11 +126,22 @@ def blank_inputs(run: Run, plan: LayerPlan, groups: Groups) -> Wire:
     return GPTInputs(tokens, segments if has_segments else None).to_wire()
 
 
+def blank_targets(run: Run, inputs: Wire) -> tuple[torch.Tensor, ...]:
+    """Labels and weights of one micro-batch, in the run's shapes."""
+    length = run.config.target_length or run.config.data.sequence_length
+    first = inputs if isinstance(inputs, torch.Tensor) else inputs[0]
+    labels = first.new_zeros(run.micro_size, length)
+    return labels, torch.ones_like(labels, dtype=torch.float32)
+
+
 def settle_schedule(run: Run, plan: LayerPlan, groups: Groups) -> tuple[Run, Groups]:
     """`layout.schedule: auto` becomes the schedule that is expected to be the fastest here; every rank calls it."""
     if run.config.layout.schedule != AUTO_SCHEDULE or run.layout.pp == 1:
         return run, groups
-    layers, transfer_s = auto_schedule.measure(plan, blank_inputs(run, plan, groups), groups)
+    inputs = blank_inputs(run, plan, groups)
+    layers, transfer_s = auto_schedule.measure(plan, inputs, groups, blank_targets(run, inputs))
+    if isinstance(plan.loss, WeightedLoss):
+        plan.loss.take_ahead()  # of blank tokens
     found = auto_schedule.candidates(
         run,
         layers,
@@ -163,6 +175,7 @@ def make_plan(run: Run, groups: Groups) -> LayerPlan:
         recompute=recompute_of(config.recompute),
         nodes=groups.experts.nodes,
         fp8=config.fp8,
+        chunk_tokens=run.chunk_tokens,
     )
 
 
@@ -185,7 +198,8 @@ def make_engine(run: Run, plan: LayerPlan, groups: Groups) -> Engine:
 
 
 def recompute_of(config: RecomputeConfig) -> Recompute:
-    return Recompute(config.mode, config.every, config.offload_above_bytes if config.offload else None)
+    above = config.offload_above_bytes if config.offload else None
+    return Recompute(config.mode, config.every, config.forgotten, above)
 
 
 def pipeline_shape(run: Run) -> PipelineShape:

@@ -5,7 +5,7 @@ the final norm and the head.  The ranks' mean is what the simulator is given, so
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -58,14 +58,20 @@ class Candidate:
         return f"{self.schedule}{chunks}: {passes}, {self.live:.3g} micro-batches held"
 
 
-def measure(plan: LayerPlan, inputs: Wire, groups: Groups) -> tuple[list[LayerTimes], float]:
-    """Times of all layers of the plan, and of one message of activations; the mean over ranks; collective."""
+def measure(
+    plan: LayerPlan, inputs: Wire, groups: Groups, targets: Sequence[torch.Tensor] = ()
+) -> tuple[list[LayerTimes], float]:
+    """Times of all layers of the plan, and of one message of activations; the mean over ranks; collective.
+
+    A head that makes its loss is timed with it, of ``targets``.
+    """
     by_kind: dict[str, LayerTimes] = {}
     value = inputs
     message: torch.Tensor | None = None
     for layer in plan.layers:
         if _kind(layer) not in by_kind:
-            by_kind[_kind(layer)], value = _time_layer(layer, value, groups)
+            told = targets if plan.head_makes_loss and layer is plan.layers[-1] else ()
+            by_kind[_kind(layer)], value = _time_layer(layer, value, groups, told)
             message = as_list(value)[0] if message is None else message
     assert message is not None
     numbers = [t for times in by_kind.values() for t in vars(times).values()]
@@ -83,7 +89,7 @@ def _kind(layer: PlannedLayer) -> str:
     return f"{stack} of {layer.cost.parameters}" if is_block else layer.name
 
 
-def _time_layer(layer: PlannedLayer, value, groups: Groups):  # type: ignore[no-untyped-def]
+def _time_layer(layer: PlannedLayer, value, groups: Groups, targets):  # type: ignore[no-untyped-def]
     """Forward and both backward halves of one layer, and its output for the next."""
     module = layer.build()
     best = [float("inf")] * 3
@@ -93,7 +99,8 @@ def _time_layer(layer: PlannedLayer, value, groups: Groups):  # type: ignore[no-
         outputs: list[torch.Tensor] = []
 
         with weight_gradients.may_wait():
-            times = [_seconds(lambda w=wire, o=outputs: o.extend(as_list(module(w))), groups)]  # type: ignore[misc]
+            run = partial(_fill, outputs, module, wire, targets)
+            times = [_seconds(run, groups)]
         ends = [output for output in with_gradient(outputs) if output.requires_grad]
         ones = [torch.ones_like(end) for end in ends]
         with weight_gradients.put_aside() as store:
@@ -102,6 +109,10 @@ def _time_layer(layer: PlannedLayer, value, groups: Groups):  # type: ignore[no-
         best = [min(pair) for pair in zip(best, times, strict=True)]
     result = tuple(output.detach() for output in outputs)
     return LayerTimes(*best), result[0] if len(result) == 1 else result
+
+
+def _fill(outputs: list[torch.Tensor], module: Any, wire: Wire, targets: Sequence[torch.Tensor]) -> None:
+    outputs.extend(as_list(module(wire, *targets)))
 
 
 def _time_message(tensor: torch.Tensor, groups: Groups) -> float:

@@ -117,6 +117,20 @@ def offload_of(plan: LayerPlan, device: torch.device) -> Offload | None:
     return None if above is None else Offload(device, above_bytes=above)
 
 
+def run_to_loss(
+    layers: Sequence[BuiltLayer],
+    wire: Wire,
+    plan: LayerPlan,
+    targets: Sequence[torch.Tensor],
+    offload: Offload | None = None,
+) -> torch.Tensor:
+    """Apply the plan's last layers, and the loss: a scalar, fp32."""
+    if not plan.head_makes_loss:
+        return plan.loss(run_layers(layers, wire, plan, offload), tuple(targets))
+    *before, head = layers
+    return head.module(run_layers(before, wire, plan, offload), *targets)
+
+
 def checkpoint_groups(layers: Sequence[BuiltLayer], plan: LayerPlan) -> Iterator[list[BuiltLayer]]:
     """Layers one by one, but runs of up to ``recompute.every`` checkpointable ones together."""
     group: list[BuiltLayer] = []

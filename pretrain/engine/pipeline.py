@@ -172,10 +172,12 @@ class StageEngine(StepControl, StageGradients, PipelineEngine, _BaseIsMade):
         elif slot.arrival is not None:
             with self.phase_timers.phase("pipeline"), self._waiting(op, "activation", stage - 1):
                 slot.inputs, slot.arrival = as_wire(slot.arrival.wait()), None
+        is_last = stage == self._shape.placement.last
         with self.phase_timers.phase("forward"), self._chunk(op.chunk):
-            outputs = DeepSpeedEngine.forward(self, slot.inputs)
-            if stage == self._shape.placement.last:
-                self._compute_loss_of(op, slot, outputs)
+            targets = self._targets(op) if is_last else ()
+            outputs: Any = DeepSpeedEngine.forward(self, slot.inputs, *targets)
+            if is_last:
+                self._note_loss(slot, outputs)
             else:
                 slot.outputs = outputs
         neighbour = self._neighbour(op, stage + 1)
@@ -190,10 +192,12 @@ class StageEngine(StepControl, StageGradients, PipelineEngine, _BaseIsMade):
             slot.inputs = None
             slot.outputs = None if neighbour is not None else slot.outputs
 
-    def _compute_loss_of(self, op: Op, slot: Slot, logits: Wire) -> None:
+    def _targets(self, op: Op) -> tuple[torch.Tensor, ...]:
         batch = self._batches[op.micro_batch]
         assert batch is not None, "the last stage reads the data"
-        loss = self.module.loss_fn(logits, batch.targets)
+        return batch.targets
+
+    def _note_loss(self, slot: Slot, loss: Any) -> None:
         self.total_loss = (
             loss.detach().clone() if self.total_loss is None else self.total_loss + loss.detach()
         )

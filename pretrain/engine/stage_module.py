@@ -18,6 +18,7 @@ from pretrain.engine.layers import (
     build_layers,
     offload_of,
     run_layers,
+    run_to_loss,
     tied_families,
 )
 from pretrain.engine.quiet import without_stdout
@@ -104,8 +105,12 @@ class StageModule(PipelineModule):
     def get_tied_weights_and_groups(self) -> list[tuple[torch.nn.Parameter, dist.ProcessGroup]]:
         return self.replicas
 
-    def forward(self, inputs: Wire) -> Wire:
-        """Token ids or activations in, activations or logits [s b v/tp] out; of the active chunk."""
+    def forward(self, inputs: Wire, *targets: torch.Tensor) -> Wire:
+        """Token ids or activations in, activations or logits [s b v/tp] out, or with targets the loss; of the active
+        chunk.
+        """
+        if targets:
+            return run_to_loss(self.active, inputs, self.plan, targets, self.offload)
         return run_layers(self.active, inputs, self.plan, self.offload)
 
     def save_state_dict(self, *arguments: Any, **named: Any) -> None:

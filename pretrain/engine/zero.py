@@ -13,7 +13,7 @@ from pretrain.ds_offload import offload_place
 from pretrain.engine.base import Engine, MicroBatch, StepResult
 from pretrain.engine.experts import ExpertMarks
 from pretrain.engine.groups import Groups, ModelParallelUnit
-from pretrain.engine.layers import Prepare, Wire, build_layers, offload_of, run_layers
+from pretrain.engine.layers import Prepare, Wire, build_layers, offload_of, run_to_loss
 from pretrain.engine.lean_heap import return_freed_memory
 from pretrain.engine.step_control import StepControl
 
@@ -30,11 +30,7 @@ class LayerStack(torch.nn.Module):
 
     def forward(self, inputs: Wire, *targets: torch.Tensor) -> torch.Tensor:
         """Token ids [b s] (or with segments), labels and weights [b s] -> the weighted sum of losses, a scalar."""
-        return self.plan.loss(self.logits(inputs), targets)
-
-    def logits(self, inputs: Any) -> Wire:
-        """[b s] -> [s b v/tp], and in training one more of each layer that looks ahead"""
-        return run_layers(self.built, inputs, self.plan, self.offload)
+        return run_to_loss(self.built, inputs, self.plan, targets, self.offload)
 
 
 class ZeroEngine(Engine):

@@ -70,8 +70,12 @@ def facts(run: Run, engine: Engine, *, resumed: Path | None) -> Iterable[tuple[s
         f"{config.optimizer.type} ({type(engine.deepspeed.optimizer).__name__}), "
         f"peak learning rate {config.optimizer.lr:g}",
     )
-    if config.recompute.mode != "none":
-        yield "recompute", f"{config.recompute.mode}, every {config.recompute.every}"
+    if config.recompute.mode == "selective":
+        yield "recompute", f"selective: {', '.join(config.recompute.forgotten)}"
+    elif config.recompute.mode == "full":
+        yield "recompute", f"full, every {config.recompute.every}"
+    if run.chunk_tokens is not None:
+        yield "loss", f"in chunks of {run.chunk_tokens} tokens"
     if resumed is not None:
         yield "resumed", f"from {resumed}"
     elif config.checkpoint.weights_from:

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import CheckpointWithoutOutput
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from launch.memory import RankMemory, rank_memory
 from launch.scenario import scenario_of
-from model_providers import losses
+from model_providers import cross_entropy
 from pretrain.loop import begin_step
 from tests.opened import Opened, opened
 
@@ -36,11 +37,11 @@ class Found:
 
 def measure(raw: dict[str, Any]) -> tuple[Found, RankMemory]:
     """The second step of a run, since the first one makes the optimizer's states."""
-    chunk, losses.CPU_CHUNK = losses.CPU_CHUNK, 1 << 40  # all at once, as on CUDA
+    chunk, cross_entropy.CPU_CHUNK = cross_entropy.CPU_CHUNK, 1 << 40  # all at once, as on CUDA
     try:
         return _measure(raw)
     finally:
-        losses.CPU_CHUNK = chunk
+        cross_entropy.CPU_CHUNK = chunk
 
 
 def measure_states(raw: dict[str, Any]) -> tuple[int, RankMemory]:
@@ -68,7 +69,8 @@ def _measure(raw: dict[str, Any]) -> tuple[Found, RankMemory]:
             gc.collect()
             everything = Everything(tensor for tensor in all_tensors() if address(tensor) not in before)
             saved = Saved(here.engine.deepspeed.module)
-            with saved.watching(), everything, _after_backward(here, lambda: _count_gradients(here, found)):
+            after_backward = _after_backward(here, lambda: _count_gradients(here, found))
+            with saved.watching(), everything, after_backward, _emptied_and_filled(saved, everything):
                 here.engine.train_step(batches)
             found.activations, found.peak = saved.peak, everything.peak
         return found, rank_memory(scenario_of(here.run), here.groups.place.pp)
@@ -157,12 +159,36 @@ def _after_backward(here: Opened, look: Callable[[], None]) -> Iterator[None]:
         timers.phase = plain  # type: ignore[method-assign]
 
 
+@contextmanager
+def _emptied_and_filled(*watchers: "Saved | Everything") -> Iterator[None]:
+    """Selective recompute empties storages, and fills them again: tell the watchers, whom no operation tells."""
+    kind = CheckpointWithoutOutput
+    plain = kind.discard_output_and_register_recompute, kind._recompute
+
+    def around(method: Callable[..., None]) -> Callable[..., None]:
+        def told(self: Any, argument: Any) -> None:
+            outputs = self.outputs or ()
+            method(self, argument)
+            for output in outputs:
+                for watcher in watchers:
+                    watcher.resized(output.untyped_storage())
+
+        return told
+
+    kind.discard_output_and_register_recompute, kind._recompute = (around(method) for method in plain)
+    try:
+        yield
+    finally:
+        kind.discard_output_and_register_recompute, kind._recompute = plain
+
+
 class Saved:
     """Bytes that autograd has saved and not yet let go, weights aside."""
 
     def __init__(self, module: torch.nn.Module):
         self._module, self._now, self.peak = module, 0, 0
         self._holders: dict[int, int] = {}
+        self._sizes: dict[int, int] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -170,19 +196,27 @@ class Saved:
             yield
 
     def _pack(self, tensor: torch.Tensor) -> "_Kept":
-        place, size = address(tensor), tensor.untyped_storage().nbytes()
+        place, storage = address(tensor), tensor.untyped_storage()
         if tensor.numel() <= 1 or any(address(parameter) == place for parameter in self._module.parameters()):
             return _Kept(tensor, lambda: None)
-        self._holders[place] = self._holders.get(place, 0) + 1
-        if self._holders[place] == 1:
-            self._now += size
-            self.peak = max(self.peak, self._now)
-        return _Kept(tensor, lambda: self._let_go(place, size))
+        key = storage._cdata
+        self._holders[key] = self._holders.get(key, 0) + 1
+        if self._holders[key] == 1:
+            self._sizes[key] = 0
+            self.resized(storage)
+        return _Kept(tensor, lambda: self._let_go(key))
 
-    def _let_go(self, place: int, size: int) -> None:
-        self._holders[place] -= 1
-        if not self._holders[place]:
-            self._now -= size
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if self._holders.get(key):
+            self._now += storage.nbytes() - self._sizes[key]
+            self._sizes[key] = storage.nbytes()
+            self.peak = max(self.peak, self._now)
+
+    def _let_go(self, key: int) -> None:
+        self._holders[key] -= 1
+        if not self._holders[key]:
+            self._now -= self._sizes.pop(key)
 
 
 class _Kept:
@@ -206,13 +240,19 @@ class Everything(TorchDispatchMode):
             return
         storage = tensor.untyped_storage()
         if storage not in self._known:
-            self._known[storage] = size = storage.nbytes()
-            self._now += size
-            self.peak = max(self.peak, self._now)
+            self._known[storage] = size = [0]
+            self.resized(storage)
             weakref.finalize(storage, self._end, size)
 
-    def _end(self, size: int) -> None:
-        self._now -= size
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:
+            size = self._known[storage]
+            self._now += storage.nbytes() - size[0]
+            size[0] = storage.nbytes()
+            self.peak = max(self.peak, self._now)
+
+    def _end(self, size: list[int]) -> None:
+        self._now -= size[0]
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -137,21 +137,27 @@ STORED = {
 
 
 def stored_bytes_per_token(
-    model: ModelConfig, dtype: torch.dtype, recompute: Any, name: str = "layers/0"
+    model: ModelConfig,
+    dtype: torch.dtype,
+    recompute: Any,
+    name: str = "layers/0",
+    modules: tuple[str, ...] = ("core_attn",),
 ) -> tuple[float, float]:
     """Found in autograd's graph of one block, and as planned."""
     seed_streams(1)
     length, size = 32, 2
-    built = build(model, sequence_length=length, params_dtype=dtype, recompute=Recompute(recompute))
+    built = build(
+        model, sequence_length=length, params_dtype=dtype, recompute=Recompute(recompute, modules=modules)
+    )
     weights = {parameter.data_ptr() for parameter in built.layers.parameters()}
-    stored: dict[int, int] = {}
+    stored: dict[int, torch.UntypedStorage] = {}  # whose sizes are asked for later: some are emptied
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if (
             storage.data_ptr() not in weights and tensor.numel() > 1
         ):  # one number says which mask a recompute has
-            stored[storage.data_ptr()] = storage.nbytes()
+            stored[storage._cdata] = storage
         return tensor
 
     hidden = torch.randn(length, size, model.hidden_size, dtype=dtype, requires_grad=True)
@@ -159,7 +165,8 @@ def stored_bytes_per_token(
         output = built.layers[name](hidden)
     assert output.requires_grad
     planned = next(layer.cost for layer in built.plan.layers if layer.name == name.replace("/", "."))
-    return sum(stored.values()) / (length * size), planned.activation_bytes_per_token
+    found = sum(storage.nbytes() for storage in stored.values())
+    return found / (length * size), planned.activation_bytes_per_token
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])
@@ -170,6 +177,33 @@ def test_activation_bytes_are_what_autograd_stores(
 ) -> None:
     found, planned = stored_bytes_per_token(model, dtype, recompute)
     assert found == planned
+
+
+FORGOTTEN: dict[str, tuple[ModelConfig, tuple[str, ...]]] = {
+    "norms": (llama_like(), ("layernorm",)),
+    "norms, plain": (gpt2_like(), ("layernorm", "core_attn")),
+    "mlp": (gpt2_like(), ("mlp",)),
+    "norms and mlp": (llama_like(), ("layernorm", "mlp", "core_attn")),
+    "experts": (llama_like(moe=MOE), ("moe",)),
+    "experts' activation": (llama_like(moe=MOE), ("moe_act",)),
+    "gelu experts' activation": (gpt2_like(moe=MOE, linear_bias=False), ("moe_act", "layernorm")),
+    "shared experts": (llama_like(moe=MOE | {"shared_ffn_hidden_size": 24}), ("shared_experts",)),
+    "latent": (llama_like(num_kv_heads=None, mla=LATENT), ("mla_up_proj",)),
+    "latent queries too": (
+        llama_like(num_kv_heads=None, mla=LATENT | {"q_lora_rank": 24}),
+        ("mla_up_proj", "core_attn", "layernorm"),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FORGOTTEN)
+def test_what_is_forgotten_is_not_stored(name: str, dtype: torch.dtype) -> None:
+    """And what is not, is what the plan says, byte by byte."""
+    model, modules = FORGOTTEN[name]
+    found, planned = stored_bytes_per_token(model, dtype, "selective", modules=modules)
+    _, whole = stored_bytes_per_token(model, dtype, "none")
+    assert found == planned < whole
 
 
 @pytest.mark.parametrize("name", ["t5", "t5 1.1, rotary"])

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from model_providers.building import solo_groups
-from model_providers.losses import VocabularyShare, WeightedLoss
+from model_providers.cross_entropy import VocabularyShare
+from model_providers.losses import WeightedLoss
 from tests.model_providers.plans import tensor_groups
 
 S, B, VOCAB = 6, 2, 70

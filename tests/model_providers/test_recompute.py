@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from model_providers import weight_gradients
 from model_providers.building import checkpoint
 from model_providers.config import ModelConfig
 from model_providers.errors import ModelError
@@ -47,10 +48,10 @@ class Run:
 
 
 def gradients_after_one_step(
-    tp: int, sequence_parallel: bool, recompute: Recompute, with_segments: bool
+    tp: int, sequence_parallel: bool, recompute: Recompute, with_segments: bool, **facts: Any
 ) -> tuple[float, list[torch.Tensor], list[int]]:
     """Loss, gradients, and the state of the random streams afterwards."""
-    model = ModelConfig(**FACTS)
+    model = ModelConfig(**FACTS | facts)
     groups = tensor_groups(tp) if tp > 1 else None
     layout = Layout(tp=tp, sequence_parallel=sequence_parallel)
     built = build(model, layout, groups, recompute=recompute)
@@ -65,7 +66,8 @@ def gradients_after_one_step(
     return loss.item(), gradients, torch.get_rng_state().tolist()
 
 
-MODES = [Recompute("selective"), Recompute("full"), Recompute("full", every=2)]
+PARTS = Recompute("selective", modules=("core_attn", "layernorm", "mlp"))
+MODES = [Recompute("selective"), PARTS, Recompute("full"), Recompute("full", every=2)]
 
 
 @pytest.mark.parametrize("with_segments", [False, True], ids=["plain", "segments"])
@@ -76,6 +78,55 @@ def test_recompute_repeats_the_dropout_masks(recompute: Recompute, with_segments
     assert found[0] == wanted[0] and found[2] == wanted[2]
     for one, other in zip(found[1], wanted[1], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
+
+
+MOE = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 16, "shared_ffn_hidden_size": 16, "aux_loss": 0.01}
+MLA = {"q_lora_rank": 12, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+PLACES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "norms": (("layernorm",), {}),
+    "mlp": (("mlp",), {}),
+    "mlp with biases": (("mlp", "layernorm"), {"linear_bias": True, "normalization": "layernorm"}),
+    "experts": (("moe", "layernorm"), {"moe": MOE}),
+    "inside experts": (("moe_act", "shared_experts"), {"moe": MOE}),
+    "inside experts, gelu": (("moe_act",), {"moe": MOE, "activation": "gelu"}),
+    "latent": (("mla_up_proj", "layernorm"), {"mla": MLA, "num_kv_heads": None}),
+    "latent, and its attention": (("mla_up_proj", "core_attn"), {"mla": MLA, "num_kv_heads": None}),
+    "whole queries": (("mla_up_proj",), {"mla": MLA | {"q_lora_rank": None}, "num_kv_heads": None}),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_part_of_a_layer_comes_back_the_same(place: str) -> None:
+    modules, facts = PLACES[place]
+    wanted = gradients_after_one_step(1, False, Recompute(), False, **facts)
+    found = gradients_after_one_step(1, False, Recompute("selective", modules=modules), False, **facts)
+    assert found[0] == wanted[0] and found[2] == wanted[2] and len(found[1]) == len(wanted[1])
+    for one, other in zip(found[1], wanted[1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_weight_gradients_of_what_came_back_can_wait(place: str) -> None:
+    """The split backward pass of zero-bubble schedules goes through the second forward pass too."""
+    modules, facts = PLACES[place]
+    wanted = gradients_after_one_step(1, False, Recompute(), False, **facts)[1]
+    model = ModelConfig(**FACTS | facts)
+    built = build(model, recompute=Recompute("selective", modules=modules))
+    tokens, targets = batch(model)
+    seed_streams(5, step=3)
+    with weight_gradients.may_wait():
+        loss = built.plan.loss(Run(built)(tokens), targets)
+        with weight_gradients.put_aside() as store:
+            loss.backward()
+        assert len(store) > 0
+        store.compute(_add)
+    found = [parameter.grad for parameter in built.layers.parameters() if parameter.grad is not None]
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def _add(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
 @pytest.mark.ranks
@@ -118,7 +169,11 @@ def test_checkpoint_carries_integer_tensors_through() -> None:
     assert torch.equal(segments, SEGMENTS) and torch.equal(hidden.grad, torch.full_like(hidden, 2.0))
 
 
-@pytest.mark.parametrize("recompute", [Recompute("some"), Recompute("full", every=0)], ids=str)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "recompute",
+    [Recompute("some"), Recompute("full", every=0), Recompute("selective", modules=("mpl",))],
+    ids=str,
+)  # type: ignore[arg-type]
 def test_unknown_recompute_is_refused(recompute: Recompute) -> None:
     with pytest.raises(ModelError, match=r"recompute\."):
         build(llama_like(), recompute=recompute)

@@ -1,0 +1,80 @@
+"""What a run may forget and compute again: sentences about users' mistakes, as in config_rules.py."""
+
+from typing import TYPE_CHECKING
+
+from model_providers.activation_memory import RECOMPUTE_MODULES, is_there
+from pretrain.optimizer_rules import Rule
+
+if TYPE_CHECKING:
+    from pretrain.config_io import Run
+
+INSIDE_MOE = ("moe_act", "shared_experts")
+WHY_NOT = {
+    "layernorm": "model.bert.norm=post, whose norms stand after the sums",
+    "mlp": "experts in every layer",
+    "moe": "no experts",
+    "moe_act": "no experts",
+    "shared_experts": "no shared experts",
+    "mla_up_proj": "no latent attention",
+}
+
+
+def modules_are_for_selective_recompute(run: "Run") -> str | None:
+    recompute = run.config.recompute
+    if recompute.modules is not None and recompute.mode != "selective":
+        return (
+            f"recompute.modules={told(recompute.modules)} with recompute.mode={recompute.mode}: only selective has "
+            "modules; set recompute.mode=selective, or leave modules out"
+        )
+    if recompute.modules is not None and not recompute.modules:
+        return "recompute.modules=[]: forgets nothing; name some, or set recompute.mode=none"
+    return None
+
+
+def modules_to_recompute_are_there(run: "Run") -> str | None:
+    recompute, model = run.config.recompute, run.config.model
+    if recompute.mode != "selective":
+        return None
+    lacking = [name for name in recompute.forgotten if not is_there(name, model)]
+    if not lacking:
+        return None
+    usable = [name for name in RECOMPUTE_MODULES if is_there(name, model)]
+    return (
+        f"recompute.modules={told(recompute.forgotten)}: the model has {WHY_NOT[lacking[0]]}, so {lacking[0]} forgets "
+        f"nothing; choose among {', '.join(usable)}"
+    )
+
+
+def nothing_is_recomputed_twice(run: "Run") -> str | None:
+    recompute = run.config.recompute
+    inside = [name for name in INSIDE_MOE if name in recompute.forgotten]
+    if recompute.mode != "selective" or "moe" not in recompute.forgotten or not inside:
+        return None
+    return (
+        f"recompute.modules={told(recompute.forgotten)}: moe forgets the whole layer of experts, {inside[0]} with it; "
+        f"leave out {inside[0]}, or moe"
+    )
+
+
+def relative_positions_keep_their_attention(run: "Run") -> str | None:
+    recompute = run.config.recompute
+    forgets = recompute.mode == "selective" and "core_attn" in recompute.forgotten
+    if forgets and run.config.model.position_embedding == "relative":
+        return (
+            "recompute.mode=selective with model.position_embedding=relative: its bias would lose its gradient under "
+            "core_attn; use recompute.modules=[layernorm,mlp], full or none, or rotary positions"
+        )
+    return None
+
+
+def told(modules: tuple[str, ...]) -> str:
+    """As a user writes them."""
+    return f"[{','.join(modules)}]"
+
+
+RECOMPUTE_RULES: tuple[Rule, ...] = (
+    modules_are_for_selective_recompute,
+    modules_to_recompute_are_there,
+    nothing_is_recomputed_twice,
+    relative_positions_keep_their_attention,
+)
