@@ -13,7 +13,7 @@ from launch.model_states import VALUE_BYTES
 from launch.scenario import Scenario
 from model_providers.activation_memory import RecomputeMode
 from model_providers.config import ModelConfig
-from model_providers.cost import layer_costs
+from model_providers.cost import LayerCost, layer_costs
 from model_providers.tensor_shares import LayerShare, layer_shares
 from pretrain.engine.schedules.catalogue import make_schedule, placement_of
 from pretrain.engine.schedules.ops import Kind, Order
@@ -148,7 +148,7 @@ def _hands_over(way: Way, rank: int) -> list[bool]:
 @lru_cache(maxsize=1 << 16)
 def chunk_activations(facts: Facts, start: int, stop: int) -> ChunkActivations:
     """Of the layers from ``start`` to before ``stop``."""
-    costs, plain = _kept_by_layer(facts), _kept_by_layer(facts._replace(recompute="none"))
+    costs, plain = _kept_by_layer(facts), _back_by_layer(facts)
     shares = layer_shares(facts.model)
     is_full = facts.recompute == "full"
     bounds = groups(shares, start, stop, every=facts.every if is_full else 1)
@@ -224,8 +224,19 @@ def _waiting(facts: Facts, start: int, stop: int) -> float:
     return number * block + head
 
 
-@lru_cache(maxsize=4096)
 def _kept_by_layer(facts: Facts) -> tuple[float, ...]:
+    return tuple(cost.activation_bytes_per_token for cost in _costs(facts))
+
+
+def _back_by_layer(facts: Facts) -> tuple[float, ...]:
+    """Once what recompute forgets is there again, the most of it that is there at once."""
+    if facts.recompute != "selective":
+        return _kept_by_layer(facts._replace(recompute="none"))
+    return tuple(cost.activation_bytes_per_token + cost.again_bytes_per_token for cost in _costs(facts))
+
+
+@lru_cache(maxsize=4096)
+def _costs(facts: Facts) -> tuple[LayerCost, ...]:
     costs = layer_costs(
         facts.model,
         facts.sequence_length,
@@ -239,7 +250,7 @@ def _kept_by_layer(facts: Facts) -> tuple[float, ...]:
         bytes_per_value=facts.bytes_per_value,
         fused=facts.fused,
     )
-    return tuple(cost.activation_bytes_per_token for cost in costs)
+    return tuple(costs)
 
 
 @lru_cache(maxsize=1 << 16)

@@ -74,6 +74,25 @@ class ActivationMemory(NamedTuple):
             mlp = self._experts() if has_experts else self._mlp(self.model.ffn_width) / self.tp
         return self._norms_and_residual() / self._shards() + attention / self.tp + mlp
 
+    def again(self, *, has_experts: bool = False) -> float:
+        """The most of a block that selective recompute brings back at once.
+
+        The half of the MLP comes back first, and has gone, with what was kept of it, when the attention's does.
+        """
+        if self.recompute != "selective":
+            return 0.0
+
+        def forgotten(*modules: str, by: tuple[str, ...] = self.modules) -> float:
+            chosen = tuple(name for name in modules if name in by)
+            whole = self._replace(recompute="none").block(has_experts=has_experts)
+            return whole - self._replace(modules=chosen).block(has_experts=has_experts)
+
+        norm = forgotten("layernorm") / 2
+        mlp = forgotten("mlp", "moe", "moe_act", "shared_experts")
+        kept_of_mlp = forgotten("mlp", "moe", by=RECOMPUTE_MODULES) - mlp
+        attention = forgotten("core_attn", "mla_up_proj") + norm
+        return max(mlp + norm, attention - kept_of_mlp)
+
     def looking_ahead(self) -> float:
         """Two norms, their outputs side by side, and the norm at the end."""
         h = self.model.hidden_size

@@ -24,6 +24,9 @@ class LayerCost(NamedTuple):
     forward_flops_per_token: float  # of a token's own experts only
     activation_bytes_per_token: float  # kept for the backward pass on one rank of the tensor group
     expert_parameters: int = 0  # of ``parameters``: routed experts, which ep shares out
+    again_bytes_per_token: float = (
+        0.0  # more activations, while selective recompute brings some of the layer's back
+    )
 
     @property
     def train_flops_per_token(self) -> float:
@@ -87,6 +90,7 @@ def layer_costs(
             block_forward_flops(model, sequence_length, attention, has_experts=has_experts),
             memory.block(has_experts=has_experts),
             routed_parameters(model) if has_experts else 0,
+            memory.again(has_experts=has_experts),
         )
 
     embedding = LayerCost(embedding_parameters(model), 0.0, memory.embedding())
@@ -114,7 +118,10 @@ def _electra_costs(model: ModelConfig, memory: ActivationMemory) -> list[LayerCo
     wide = memory.bytes_per_value * h
 
     def block(of: ModelConfig) -> LayerCost:
-        return LayerCost(block_parameters(of), block_forward_flops(of, s), memory._replace(model=of).block())
+        its = memory._replace(model=of)
+        return LayerCost(
+            block_parameters(of), block_forward_flops(of, s), its.block(), again_bytes_per_token=its.again()
+        )
 
     embedding = LayerCost(
         word_parameters(model) + positions + norm + h * g + g, 2.0 * h * g, memory.embedding() + 2 * wide
@@ -145,7 +152,12 @@ def _stack_costs(model: ModelConfig, memory: ActivationMemory, target_length: in
 
     def encoder(index: int) -> LayerCost:
         table = biases if index == 0 else 0
-        return LayerCost(block_parameters(model) + table, linears + mlp + wide * s, memory.block())
+        return LayerCost(
+            block_parameters(model) + table,
+            linears + mlp + wide * s,
+            memory.block(),
+            again_bytes_per_token=memory.again(),
+        )
 
     def decoder(index: int) -> LayerCost:
         table = biases if index == 0 else 0
@@ -154,7 +166,12 @@ def _stack_costs(model: ModelConfig, memory: ActivationMemory, target_length: in
             share * (linears + mlp + queries + wide * (target_length / 2 + s)) + 2.0 * h * 2 * model.kv_width
         )
         kept = share * (target.block() + target.reading_queries()) + memory.reading_keys()
-        return LayerCost(block_parameters(model) + reading + norm + table, flops, kept)
+        return LayerCost(
+            block_parameters(model) + reading + norm + table,
+            flops,
+            kept,
+            again_bytes_per_token=share * target.again(),
+        )
 
     head = LayerCost(
         0 if model.tie_embeddings else word_parameters(model),
@@ -295,6 +312,7 @@ def _looking_ahead(model: ModelConfig, block: LayerCost, memory: ActivationMemor
         block.forward_flops_per_token + 4.0 * h * h,
         block.activation_bytes_per_token + memory.looking_ahead(),
         block.expert_parameters,
+        block.again_bytes_per_token,
     )
 
 

@@ -587,7 +587,7 @@ CASES: tuple[tuple[str, int, dict[str, Any], dict[str, Any] | None, str], ...] =
         1,
         {"recompute": {"mode": "selective", "modules": ["mlp", "moe"]}},
         None,
-        r"recompute\.modules=\[mlp,moe\]: the model has no experts, so moe .*choose among core_attn, layernorm, mlp$",
+        r"recompute\.modules=\[mlp,moe\]: the model has no experts, so moe .*choose among core_attn, layernorm, mlp",
     ),
     (
         "nothing_is_recomputed_twice",
