@@ -14,7 +14,8 @@ from launch.scenario import Scenario
 from model_providers.activation_memory import RecomputeMode
 from model_providers.config import ModelConfig
 from model_providers.cost import LayerCost, layer_costs
-from model_providers.tensor_shares import LayerShare, layer_shares
+from model_providers.fp8.config import Fp8Config
+from model_providers.tensor_shares import LayerShare, fp8_places, layer_shares
 from pretrain.engine.schedules.catalogue import make_schedule, placement_of
 from pretrain.engine.schedules.ops import Kind, Order
 
@@ -58,6 +59,7 @@ class Facts(NamedTuple):
     modules: tuple[str, ...]  # that selective recompute forgets
     chunk_tokens: int | None  # of the loss
     offloads: bool = False
+    fp8: Fp8Config | None = None
 
 
 def facts_of(scenario: Scenario) -> Facts:
@@ -76,6 +78,7 @@ def facts_of(scenario: Scenario) -> Facts:
         scenario.recompute_modules,
         scenario.chunk_tokens,
         scenario.offloads_activations,
+        scenario.fp8,
     )
 
 
@@ -219,9 +222,15 @@ def _waiting(facts: Facts, start: int, stop: int) -> float:
     inside = 2 * m.query_width + 2 * m.kv_width + m.ffn_width + fc1
     block = size * inside / facts.tp + 4 * hidden_bytes(facts)
     number = sum(share.is_checkpointable for share in layer_shares(m)[start:stop])
+    narrow = 0.0
+    if facts.fp8 is not None:  # operands in eight bits, whole sequences, but for shards of columns' inputs
+        one, h = facts.fp8.bytes_per_number, m.hidden_size
+        columns = 2 * (hidden_bytes(facts) if facts.sequence_parallel and facts.tp > 1 else one * h)
+        fewer = sum(start <= place < stop for place in fp8_places(m, facts.fp8))
+        narrow = fewer * (one * inside / facts.tp + columns + 2 * one * h - block)
     has_head = stop == m.num_plan_layers and facts.chunk_tokens is None  # in chunks nothing of it waits
     head = size * m.padded_vocab_size / facts.tp + hidden_bytes(facts) if has_head else 0.0
-    return number * block + head
+    return number * block + narrow + head
 
 
 def _kept_by_layer(facts: Facts) -> tuple[float, ...]:
@@ -249,6 +258,7 @@ def _costs(facts: Facts) -> tuple[LayerCost, ...]:
         sequence_parallel=facts.sequence_parallel,
         bytes_per_value=facts.bytes_per_value,
         fused=facts.fused,
+        fp8=facts.fp8,
     )
     return tuple(costs)
 

@@ -23,7 +23,7 @@ from model_providers.config import ModelConfig
 from model_providers.layout import Layout
 from model_providers.loss_chunks import tokens_of_a_chunk
 from model_providers.tensor_shapes import TensorShape, layer_shapes, word_shape
-from model_providers.tensor_shares import LayerShare, layer_shares, word_share
+from model_providers.tensor_shares import LayerShare, fp8_places, layer_shares, word_share
 from pretrain.config_rules import SPLIT_BACKWARD
 
 MAX_BUCKET_ELEMENTS = 500_000_000  # of "auto" bucket sizes, pretrain/ds_config.py
@@ -84,7 +84,7 @@ def rank_memory(scenario: Scenario, rank: int) -> RankMemory:
         gradients=kept.device.gradients + kept.passing,
         optimizer=kept.device.optimizer,
         activations=round(peak.activations),
-        buffers=kept.device.buffers + round(peak.messages),
+        buffers=kept.device.buffers + round(peak.messages) + eight_bit_copies(scenario, spans),
         workspace=round(_workspace(scenario, facts, rank, spans)),
         not_together=min(kept.passing, round(peak.freed)),
     )
@@ -97,6 +97,26 @@ def spans_of(scenario: Scenario, rank: int) -> tuple[Span, ...]:
     bounds, placement = scenario.stage_bounds, scenario.placement
     stages = (placement.virtual_stage(rank, chunk) for chunk in range(placement.chunks))
     return tuple((bounds[stage], bounds[stage + 1]) for stage in stages)
+
+
+def eight_bit_copies(scenario: Scenario, spans: tuple[Span, ...]) -> int:
+    """Of weights, both ways round, for a step's time (fp8/copies.py); under ZeRO-3 of the one at work."""
+    model, layout, fp8 = scenario.model, scenario.layout, scenario.fp8
+    if fp8 is None:
+        return 0
+    places, shapes = (
+        set(fp8_places(model, fp8)),
+        layer_shapes(model, tp=layout.tp, ep=layout.ep, etp=layout.expert_tp),
+    )
+    elements = [
+        shape.elements
+        for start, stop in spans
+        for place in range(start, stop)
+        for shape in shapes[place]
+        if place in places and shape.is_hidden and not shape.is_expert
+    ]
+    at_once = max(elements, default=0) if scenario.zero_stage == 3 else sum(elements)
+    return round(2 * fp8.bytes_per_number * at_once) if fp8.recipe != "blockwise" else 2 * at_once
 
 
 @lru_cache(maxsize=1 << 16)

@@ -9,6 +9,7 @@ from functools import cached_property, lru_cache
 from model_providers.activation_memory import RecomputeMode
 from model_providers.config import ModelConfig
 from model_providers.cost import layer_costs
+from model_providers.fp8.config import Fp8Config
 from model_providers.layout import Layout
 from model_providers.partition import partition_by
 from pretrain.config import Dtype, OptimizerConfig
@@ -43,6 +44,7 @@ class Scenario:
     partition: str | tuple[int, ...] = "cost"
     fused: bool = True  # attention that never writes its scores
     optimizer: OptimizerChoice = ADAMW
+    fp8: Fp8Config | None = None
     offloads_activations: bool = False  # to the CPU's memory
     offload_ratio: float = 1.0  # share of the optimizer that is offloaded, where it is
     swap: SwapBuffers | None = None  # for NVMe; None: those that Megaloom's JSON files make
@@ -114,6 +116,7 @@ def scenario_of(run: Run) -> Scenario:
         target_length=config.target_length,
         partition=config.layout.partition,
         optimizer=optimizer_of(config.optimizer),
+        fp8=config.fp8,
         offloads_activations=config.recompute.offload,
         offload_ratio=offload_ratio(run.deepspeed) or 1.0,
         swap=swap_buffers(run.deepspeed, run.largest_shard),

@@ -55,6 +55,7 @@ class ActivationMemory(NamedTuple):
     etp: int  # ranks that share an expert's matrices
     modules: tuple[str, ...] = ("core_attn",)  # that selective recompute forgets
     chunked_loss: bool = False
+    eight_bits: float | None = None  # bytes of a number of a linear's input, where a block runs in FP8
 
     def embedding(self) -> float:
         """Its dropout's mask, and the token's id."""
@@ -72,7 +73,43 @@ class ActivationMemory(NamedTuple):
             mlp = 0.0
         else:
             mlp = self._experts() if has_experts else self._mlp(self.model.ffn_width) / self.tp
-        return self._norms_and_residual() / self._shards() + attention / self.tp + mlp
+        saved = self._saved_by_eight_bits(has_experts=has_experts)
+        return self._norms_and_residual() / self._shards() + attention / self.tp + mlp - saved
+
+    def _saved_by_eight_bits(self, *, has_experts: bool) -> float:
+        """What is not kept because linears keep their inputs in eight bits (fp8/linears.py); experts do not."""
+        if self.eight_bits is None:
+            return 0.0
+        m, mla = self.model, self.model.mla
+        total = self._of_row_input(m.query_width if mla is None else m.value_width)
+        if mla is None:
+            total += self._of_normed_input()
+        else:  # the down projections keep what they share with nobody, and norms of latents feed the others
+            latents = [rank for rank in (mla.q_lora_rank, mla.kv_lora_rank) if rank is not None]
+            total += sum(self._of_column_input(rank) for rank in latents)
+            total -= 0 if mla.q_lora_rank or self._shards() > 1 else self.eight_bits * m.hidden_size
+        if has_experts or self._forgets("mlp"):
+            return total
+        is_kept_anyway = m.activation == "relu"  # whose output tells where it was positive
+        middle = self._of_row_input(m.ffn_width)
+        if is_kept_anyway:
+            middle -= self.bytes_per_value * m.ffn_width / self.tp
+        return total + self._of_normed_input() + middle
+
+    def _of_row_input(self, width: int) -> float:
+        assert self.eight_bits is not None
+        return (self.bytes_per_value - self.eight_bits) * width / self.tp
+
+    def _of_column_input(self, width: int) -> float:
+        """Of every token whole; under sequence parallelism this rank's tokens stay as they are."""
+        assert self.eight_bits is not None
+        return 0.0 if self._shards() > 1 else (self.bytes_per_value - self.eight_bits) * width
+
+    def _of_normed_input(self) -> float:
+        """Where selective recompute forgets a norm's output, its eight-bit copy is kept besides."""
+        is_forgotten = self._forgets("layernorm") and self._shards() == 1
+        kept_besides = self.bytes_per_value * self.model.hidden_size if is_forgotten else 0
+        return self._of_column_input(self.model.hidden_size) - kept_besides
 
     def again(self, *, has_experts: bool = False) -> float:
         """The most of a block that selective recompute brings back at once.
@@ -106,13 +143,18 @@ class ActivationMemory(NamedTuple):
         if not self._forgets("core_attn"):  # without a bias: fused, and its output is the projection's input
             core = 4 * m.num_attention_heads if self.fused else self._core_attention()
         norm = 2 * self.bytes_per_value * m.hidden_size + self._statistics()
-        return norm / self._shards() + (2 * self.bytes_per_value * m.query_width + core) / self.tp
+        saved = 0.0
+        if self.eight_bits is not None:
+            saved = self._of_normed_input() + self._of_row_input(m.query_width)
+        return norm / self._shards() + (2 * self.bytes_per_value * m.query_width + core) / self.tp - saved
 
     def reading_keys(self) -> float:
         """For each of the encoder's tokens; what the encoder made is kept once for all layers."""
         if self.recompute == "full":
             return 0.0
-        return 2 * self.bytes_per_value * self.model.kv_width / self.tp
+        has_copy = self.eight_bits is not None and self._shards() == 1
+        copy = (self.eight_bits or 0.0) * self.model.hidden_size if has_copy else 0.0
+        return 2 * self.bytes_per_value * self.model.kv_width / self.tp + copy
 
     def final_norm(self) -> float:
         return (self.bytes_per_value * self.model.hidden_size + self._statistics()) / self._shards()

@@ -104,9 +104,7 @@ class Building(NamedTuple):
         )
 
     def kernels_of(self, index: int, num_blocks: int) -> Kernels:
-        """Those of block ``index`` in a stack of ``num_blocks``; what looks ahead comes behind the last, and follows it
-        in its format.
-        """
+        """Those of block ``index`` in a stack of ``num_blocks``; what looks ahead comes behind them, not in FP8."""
         if self.fp8 is None or not self.fp8.is_fp8_block(index, num_blocks):
             return self.kernels
         return fp8_kernels(self.kernels, self.fp8)

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 from model_providers.activation_memory import ActivationMemory, RecomputeMode
 from model_providers.config import ModelConfig
 from model_providers.errors import ModelError
+from model_providers.fp8.config import Fp8Config
 
 AttentionCount = Literal["causal", "full"]
 
@@ -59,6 +60,7 @@ def layer_costs(
     bytes_per_value: int = 2,
     fused: bool = True,
     chunked_loss: bool = False,
+    fp8: Fp8Config | None = None,
 ) -> list[LayerCost]:
     """Embedding, blocks, final norm, head, in the order of the plan.
 
@@ -80,11 +82,11 @@ def layer_costs(
     )
 
     if model.electra is not None:
-        return _electra_costs(model, memory)
+        return _electra_costs(model, memory, fp8)
     if model.t5 is not None:
-        return _stack_costs(model, memory, target_length or max(1, sequence_length // 4))
+        return _stack_costs(model, memory, target_length or max(1, sequence_length // 4), fp8)
 
-    def block(has_experts: bool) -> LayerCost:
+    def block(has_experts: bool, memory: ActivationMemory) -> LayerCost:
         return LayerCost(
             block_parameters(model, has_experts=has_experts),
             block_forward_flops(model, sequence_length, attention, has_experts=has_experts),
@@ -94,7 +96,10 @@ def layer_costs(
         )
 
     embedding = LayerCost(embedding_parameters(model), 0.0, memory.embedding())
-    blocks = [block(model.has_experts(layer)) for layer in range(model.num_layers)]
+    blocks = [
+        block(model.has_experts(layer), _of_block(memory, fp8, layer, model.num_layers))
+        for layer in range(model.num_layers)
+    ]
     final_norm = LayerCost(norm_parameters(model, model.hidden_size), 0.0, memory.final_norm())
     final_norms = [] if model.norms_after else [final_norm]
     head_flops = 2.0 * model.hidden_size * (model.known_vocab_size + (model.hidden_size if model.bert else 0))
@@ -104,11 +109,18 @@ def layer_costs(
         head_flops * (1 + ahead),
         memory.head() * (1 + ahead),
     )
-    looking_ahead = [_looking_ahead(model, block(model.moe is not None), memory)] * ahead
+    looking_ahead = [_looking_ahead(model, block(model.moe is not None, memory), memory)] * ahead
     return [embedding, *blocks, *final_norms, *looking_ahead, head]
 
 
-def _electra_costs(model: ModelConfig, memory: ActivationMemory) -> list[LayerCost]:
+def _of_block(memory: ActivationMemory, fp8: Fp8Config | None, index: int, depth: int) -> ActivationMemory:
+    """What block ``index`` of a stack of ``depth`` keeps."""
+    if fp8 is None or not fp8.is_fp8_block(index, depth):
+        return memory
+    return memory._replace(eight_bits=fp8.bytes_per_number)
+
+
+def _electra_costs(model: ModelConfig, memory: ActivationMemory, fp8: Fp8Config | None) -> list[LayerCost]:
     """A generator, its guesses, an encoder; the embeddings are in the first layer."""
     h, small = model.hidden_size, model.generator
     g, s = small.hidden_size, memory.sequence_length
@@ -117,8 +129,8 @@ def _electra_costs(model: ModelConfig, memory: ActivationMemory) -> list[LayerCo
         positions = model.max_sequence_length * h
     wide = memory.bytes_per_value * h
 
-    def block(of: ModelConfig) -> LayerCost:
-        its = memory._replace(model=of)
+    def block(of: ModelConfig, index: int) -> LayerCost:
+        its = _of_block(memory._replace(model=of), fp8, index, of.num_layers)
         return LayerCost(
             block_parameters(of), block_forward_flops(of, s), its.block(), again_bytes_per_token=its.again()
         )
@@ -133,15 +145,18 @@ def _electra_costs(model: ModelConfig, memory: ActivationMemory) -> list[LayerCo
     )
     final_norm = [] if model.norms_after else [LayerCost(norm, 0.0, memory.final_norm())]
     head = LayerCost(h * h + h + h + 1, 2.0 * h * h + 2.0 * h, 3 * wide)
-    generator, encoder = [block(small)] * small.num_layers, [block(model)] * model.num_layers
+    generator = [block(small, index) for index in range(small.num_layers)]
+    encoder = [block(model, index) for index in range(model.num_layers)]
     return [embedding, *generator, replacement, *encoder, *final_norm, head]
 
 
-def _stack_costs(model: ModelConfig, memory: ActivationMemory, target_length: int) -> list[LayerCost]:
+def _stack_costs(
+    model: ModelConfig, memory: ActivationMemory, target_length: int, fp8: Fp8Config | None
+) -> list[LayerCost]:
     """Encoder and decoder; the tables of distances are in each stack's first layer."""
     t5, h, s = model.t5, model.hidden_size, memory.sequence_length
     assert t5 is not None
-    share = target_length / s
+    share, depth = target_length / s, t5.num_encoder_layers
     norm = norm_parameters(model, h)
     biases = t5.relative_buckets * model.num_attention_heads if model.position_embedding == "relative" else 0
     linears = _attention_linears(model)
@@ -152,11 +167,12 @@ def _stack_costs(model: ModelConfig, memory: ActivationMemory, target_length: in
 
     def encoder(index: int) -> LayerCost:
         table = biases if index == 0 else 0
+        its = _of_block(memory, fp8, index, depth)
         return LayerCost(
             block_parameters(model) + table,
             linears + mlp + wide * s,
-            memory.block(),
-            again_bytes_per_token=memory.again(),
+            its.block(),
+            again_bytes_per_token=its.again(),
         )
 
     def decoder(index: int) -> LayerCost:
@@ -165,12 +181,13 @@ def _stack_costs(model: ModelConfig, memory: ActivationMemory, target_length: in
         flops = (
             share * (linears + mlp + queries + wide * (target_length / 2 + s)) + 2.0 * h * 2 * model.kv_width
         )
-        kept = share * (target.block() + target.reading_queries()) + memory.reading_keys()
+        its, keys = (_of_block(one, fp8, index, model.num_layers) for one in (target, memory))
+        kept = share * (its.block() + its.reading_queries()) + keys.reading_keys()
         return LayerCost(
             block_parameters(model) + reading + norm + table,
             flops,
             kept,
-            again_bytes_per_token=share * target.again(),
+            again_bytes_per_token=share * its.again(),
         )
 
     head = LayerCost(

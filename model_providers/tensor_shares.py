@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from model_providers.config import ModelConfig
 from model_providers.cost import layer_costs, norm_parameters, word_parameters
+from model_providers.fp8.config import Fp8Config
 
 
 class LayerShare(NamedTuple):
@@ -62,6 +63,18 @@ def blocks(model: ModelConfig) -> list[int]:
         return [*range(1, first - 1), *range(first, first + model.num_layers)]
     ahead = model.num_layers + (1 if model.norms_after else 2)
     return [*range(1, model.num_layers + 1), *range(ahead, ahead + depth)]
+
+
+@lru_cache(maxsize=1024)
+def fp8_places(model: ModelConfig, fp8: Fp8Config) -> tuple[int, ...]:
+    """Places in the plan of the blocks that run in FP8; each stack has a bottom and a top, and nothing looks ahead."""
+    stacks = [model.num_layers]
+    if model.t5 is not None:
+        stacks.insert(0, model.t5.num_encoder_layers)
+    if model.electra is not None:
+        stacks.insert(0, model.electra.generator_layers)
+    inside = [fp8.is_fp8_block(index, depth) for depth in stacks for index in range(depth)]
+    return tuple(place for place, is_inside in zip(blocks(model), inside, strict=False) if is_inside)
 
 
 def _readers_of_words(model: ModelConfig) -> set[int]:

@@ -34,6 +34,11 @@ class Fp8Config(Facts):
     margin: int = Field(0, ge=0, description="delayed, current: powers of two that are left free above it")
     experiment: bool = Field(False, description="nvfp4 is asked for knowing that no hardware here runs it")
 
+    @property
+    def bytes_per_number(self) -> float:
+        """Of an operand with its scales, as the torch backend keeps them (four bits lie in eight)."""
+        return 1.0 + (1.0 / BLOCKS[self.recipe] if self.recipe in BLOCKS else 0.0)
+
     def is_fp8_block(self, index: int, num_blocks: int) -> bool:
         """Whether block ``index`` of a stack of ``num_blocks`` runs in FP8."""
         return self.bf16_first <= index < num_blocks - self.bf16_last

@@ -307,6 +307,26 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "chunked loss pipeline": (2, {**pipeline(), "loss": {"chunk_tokens": 64}, "model__vocab_size": 2048}),
     "chunked loss gpipe": (2, {**pipeline("gpipe"), "deepspeed": "zero0.json", "loss": {"chunk_tokens": 32}}),
     "chunked loss t5": (1, {**T5, "loss": {"chunk_tokens": 16}, "model__vocab_size": None}),
+    "fp8": (1, {"precision": "bf16", "fp8": "blockwise"}),
+    "fp8 tp": (
+        2,
+        {
+            "precision": "bf16",
+            "fp8": {"recipe": "current", "bf16_first": 0},
+            "layout": {"tp": 2, "sequence_parallel": True},
+        },
+    ),
+    "fp8 zero3 norms": (
+        2,
+        {
+            "fp8": "mxfp8",
+            "deepspeed": "zero3.json",
+            "recompute": {"mode": "selective", "modules": ["layernorm"]},
+        },
+    ),
+    "fp8 pipeline": (2, {**pipeline("zb-h1"), "deepspeed": "zero0.json", "fp8": "current"}),
+    "fp8 t5": (1, {**T5, "fp8": {"recipe": "current", "bf16_first": 0, "bf16_last": 0}}),
+    "fp8 experts": (1, {"fp8": "current", "model__moe": EXPERTS}),
     "full": (1, {"recompute": "full"}),
     "full by two": (1, {"deepspeed": "zero0.json", "recompute": {"mode": "full", "every": 2}}),
     "pipeline": (2, pipeline()),
