@@ -14,10 +14,12 @@ from model_providers.config import ModelConfig
 from model_providers.cost import LayerCost, layer_costs
 from model_providers.dispatch import Nodes
 from model_providers.errors import ModelError
+from model_providers.fp8.choice import ToEightBits, choose_fp8
 from model_providers.fp8.config import Fp8Config
 from model_providers.fp8.linears import name_linears
+from model_providers.fp8.transformer_engine import name_blocks
 from model_providers.initial import draw_weights
-from model_providers.kernels import Kernels, choose_kernels, fp8_kernels
+from model_providers.kernels import Kernels, choose_kernels
 from model_providers.layer_plan import PlannedLayer, Recompute, Tie
 from model_providers.layout import Layout, TensorPlace, layout_problems
 from model_providers.mcore_config import mcore_config
@@ -42,6 +44,7 @@ class Building(NamedTuple):
     recompute: Recompute
     nodes: Nodes | None  # how ranks that share experts lie on machines
     fp8: Fp8Config | None
+    to_eight_bits: ToEightBits | None  # of the blocks that are in FP8
 
     @classmethod
     def prepare(
@@ -83,7 +86,13 @@ class Building(NamedTuple):
             sequence_parallel=layout.shards_sequence,
             bytes_per_value=params_dtype.itemsize,
         )
-        return cls(model, layout, groups, config, chosen, costs, seed, device, recompute, nodes, fp8)
+        eight_bits = None
+        if fp8 is not None:
+            recomputes = recompute.mode == "full"
+            eight_bits = choose_fp8(fp8, chosen, device, groups, recomputes=recomputes)
+        return cls(
+            model, layout, groups, config, chosen, costs, seed, device, recompute, nodes, fp8, eight_bits
+        )
 
     def kernels_of(self, index: int, num_blocks: int) -> Kernels:
         """Those of block ``index`` in a stack of ``num_blocks``; what looks ahead comes behind the last, and follows it
@@ -91,7 +100,8 @@ class Building(NamedTuple):
         """
         if self.fp8 is None or not self.fp8.is_fp8_block(index, num_blocks):
             return self.kernels
-        return fp8_kernels(self.kernels, self.fp8)
+        assert self.to_eight_bits is not None
+        return self.to_eight_bits(self.kernels)
 
     def layers(
         self, modules: Mapping[str, Construct], ties: tuple[Tie, ...], *, checkpointable: tuple[str, ...]
@@ -128,6 +138,7 @@ class _Finish(NamedTuple):
     def build(self, name: str, construct: Any) -> nn.Module:
         module = construct()
         name_linears(module, name)
+        name_blocks(module, name)
         tied = {
             tie.user_parameter: f"{tie.owner}.{tie.owner_parameter}" for tie in self.ties if tie.user == name
         }
