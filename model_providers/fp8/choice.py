@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from model_providers.errors import ModelError
-from model_providers.fp8.config import Fp8Config
+from model_providers.fp8.config import RECIPES, Fp8Config
 from model_providers.fp8.transformer_engine import (
     EightBitBlock,
     Library,
@@ -55,6 +55,15 @@ def te_fp8(library: Library, facts: Fp8Config, group: Any, *, recomputes: bool) 
         return kernels._replace(name=name, precision=EightBitBlock(facts, steps, types))
 
     return to_eight_bits
+
+
+def recipe_obstacles(device: str) -> dict[str, str | None]:
+    """For each recipe, why Transformer Engine does not follow it here; None where it does."""
+    found = transformer_engine_obstacle(device)
+    if found is not None:
+        return dict.fromkeys(RECIPES, found)
+    library = open_library()
+    return {recipe: recipe_obstacle(library, Fp8Config(recipe=recipe)) for recipe in RECIPES}
 
 
 def _obstacle(facts: Fp8Config, kernels: Kernels, device: torch.device) -> str | None:
