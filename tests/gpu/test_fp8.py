@@ -1,5 +1,6 @@
-"""FP8 on CUDA: our products against the emulated ones, and Transformer Engine's blocks, whose delayed scales move once a
-step.  Nobody has run these yet.
+"""FP8 on CUDA: our products against the emulated ones, and Transformer Engine's blocks as an engine drives them.
+
+Nobody has run these yet.
 """
 
 from typing import Any
