@@ -41,7 +41,8 @@ def multiply_blocks(a: Quantised, b: Quantised, dtype: torch.dtype) -> torch.Ten
     """[m k] x [n k] -> [m n], or None where it has to be emulated."""
     if a.block is None or b.block is None or (a.block, b.block) not in PAIRS or not a.payload.is_cuda:
         return None
-    shape = Shape(*a.payload.shape, b.payload.shape[0])
+    (m, k), (n, _) = a.payload.shape, b.payload.shape
+    shape = Shape(m, k, n)
     if not shape.fits(a.block) or not is_trusted(a.payload.device, a.block, b.block, dtype):
         return None
     return scaled_product(a, b, dtype)
