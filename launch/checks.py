@@ -4,6 +4,7 @@ A check says nothing (None) where its subject is not there, and never breaks ove
 without InfiniBand is not broken.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -48,6 +49,7 @@ class Wanted:
     nvme_folder: str | None = None
     swaps_to_nvme: bool = False
     needs_te: bool = False
+    fp8_recipe: str | None = None  # that Transformer Engine may be asked for
     port: int | None = None
 
 
@@ -346,10 +348,25 @@ def transformer_engine(seen: Seen) -> Verdict | None:
         return ok("loads")
     said = "not installed" if tried["said"] == "absent" else f"does not load: {_why(tried)}"
     if seen.wanted.needs_te:
-        return broken(f"{said}, and the run says kernels=te", fix)
+        return broken(f"{said}, and the run asks for it", fix)
     if not seen.has_gpus:
         return ok(f"{said}: of no use on a CPU")
     return warning(f"{said}: torch's kernels do its work, slower", fix)
+
+
+def fp8_recipes(seen: Seen) -> Verdict | None:
+    """Which recipes Transformer Engine follows on this hardware: ``{recipe: why not, or null}``."""
+    tried = seen.exam["builds"].get("fp8 recipes")
+    if tried is None or tried["code"] != 0 or not seen.has_gpus:
+        return None  # Transformer Engine's own check tells why
+    obstacles = json.loads(tried["said"])
+    able = [recipe for recipe, why in obstacles.items() if why is None]
+    wanted = seen.wanted.fp8_recipe
+    if wanted is not None and obstacles.get(wanted) is not None:
+        fix = f"fp8.recipe={able[0]}, or fp8.backend=torch" if able else "fp8.backend=torch"
+        level = broken if seen.wanted.needs_te else warning
+        return level(f"fp8.recipe={wanted}: {obstacles[wanted]}", fix)
+    return ok(f"Transformer Engine does {', '.join(able)}" if able else "Transformer Engine does none")
 
 
 def apex(seen: Seen) -> Verdict | None:
@@ -443,6 +460,7 @@ CHECKS = (
     Check("software", "DeepSpeed", _library("deepspeed")),
     Check("software", "megatron-core", _library("megatron-core")),
     Check("software", "Transformer Engine", transformer_engine),
+    Check("software", "FP8", fp8_recipes),
     Check("software", "Apex", apex),
     Check("software", "C++ compiler", compiler),
     Check("software", "CUDA compiler", cuda_compiler),

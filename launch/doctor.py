@@ -54,6 +54,9 @@ PROGRAMS = {
     "transformer engine": ABSENT.format(
         name="transformer_engine", then=f"{KERNELS}.transformer_engine_obstacle('cuda')"
     ),
+    "fp8 recipes": (
+        "import json; from model_providers.fp8.choice import recipe_obstacles as o; print(json.dumps(o('cuda')))"
+    ),
     "apex": ABSENT.format(name="apex", then=f"{KERNELS}.apex_obstacle()"),
 }
 
@@ -181,7 +184,9 @@ def wanted_of(words: argparse.Namespace, run: Run | None, hosts: Sequence[Host],
             offload_place(run.deepspeed, "offload_param"),
         )
         own["swaps_to_nvme"] = "nvme" in places
-        own["needs_te"] = config.kernels == "te"
+        fp8 = config.fp8
+        own["needs_te"] = config.kernels == "te" or (fp8 is not None and fp8.backend == "te")
+        own["fp8_recipe"] = None if fp8 is None or fp8.backend == "torch" else fp8.recipe
     return Wanted(**own)
 
 

@@ -15,10 +15,12 @@ from model_providers.config import ModelConfig
 from model_providers.cost import LayerCost, layer_costs
 from model_providers.dispatch import Nodes
 from model_providers.errors import ModelError
+from model_providers.fp8.choice import ToEightBits, choose_fp8
 from model_providers.fp8.config import Fp8Config
 from model_providers.fp8.linears import name_linears
+from model_providers.fp8.transformer_engine import name_blocks
 from model_providers.initial import draw_weights
-from model_providers.kernels import Kernels, choose_kernels, fp8_kernels
+from model_providers.kernels import Kernels, choose_kernels
 from model_providers.layer_plan import LossOfHead, PlannedLayer, Recompute, Tie
 from model_providers.layout import Layout, TensorPlace, layout_problems
 from model_providers.mcore_config import mcore_config
@@ -43,6 +45,7 @@ class Building(NamedTuple):
     recompute: Recompute
     nodes: Nodes | None  # how ranks that share experts lie on machines
     fp8: Fp8Config | None
+    to_eight_bits: ToEightBits | None  # of the blocks that are in FP8
     chunk_tokens: int | None  # of the head's product and its loss; None: all tokens at once
 
     @classmethod
@@ -88,6 +91,10 @@ class Building(NamedTuple):
             bytes_per_value=params_dtype.itemsize,
             chunked_loss=chunk_tokens is not None,
         )
+        eight_bits = None
+        if fp8 is not None:
+            recomputes = recompute.mode == "full"
+            eight_bits = choose_fp8(fp8, chosen, device, groups, recomputes=recomputes)
         return cls(
             model,
             layout,
@@ -100,6 +107,7 @@ class Building(NamedTuple):
             recompute,
             nodes,
             fp8,
+            eight_bits,
             chunk_tokens,
         )
 
@@ -107,7 +115,8 @@ class Building(NamedTuple):
         """Those of block ``index`` in a stack of ``num_blocks``; what looks ahead comes behind them, not in FP8."""
         if self.fp8 is None or not self.fp8.is_fp8_block(index, num_blocks):
             return self.kernels
-        return fp8_kernels(self.kernels, self.fp8)
+        assert self.to_eight_bits is not None
+        return self.to_eight_bits(self.kernels)
 
     def loss_of_head(self, loss: Callable[[Any, Any], torch.Tensor]) -> LossOfHead | None:
         """What a head needs to make its loss in chunks, if it shall."""
@@ -150,6 +159,7 @@ class _Finish(NamedTuple):
     def build(self, name: str, construct: Any) -> nn.Module:
         module = construct()
         name_linears(module, name)
+        name_blocks(module, name)
         tied = {
             tie.user_parameter: f"{tie.owner}.{tie.owner_parameter}" for tie in self.ties if tie.user == name
         }

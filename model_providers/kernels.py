@@ -65,6 +65,7 @@ class Kernels(NamedTuple):
     core_attention: Any
     fuse: bool  # let megatron-core use its fused activation and bias-dropout-add
     precision: Callable[[], AbstractContextManager[None]] = nullcontext  # entered around each block's work
+    is_transformer_engine: bool = False
 
     def block_submodules(
         self,
@@ -224,6 +225,7 @@ def transformer_engine_kernels() -> Kernels:
         self_attention=RotatedSelfAttention,
         core_attention=_te_core_attention(),
         fuse=True,
+        is_transformer_engine=True,
     )
 
 

@@ -12,6 +12,7 @@ call the layers directly.
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -260,6 +261,9 @@ def _floats(parts: dict[torch.dtype, list[torch.Tensor]]) -> list[torch.Tensor]:
     return [tensor for dtype, tensors in parts.items() if dtype.is_floating_point for tensor in tensors]
 
 
+EXTRA_STATE = "_extra_state"  # torch's name for what a module keeps beside tensors
+
+
 class PlanModule(nn.Module):
     """A layer of a plan: subclasses map value to value in ``apply_to``; ``forward`` takes the wire form too.
 
@@ -268,10 +272,13 @@ class PlanModule(nn.Module):
 
     takes: type[Inputs] | type[Value] = GPTValue
     stream: str | None = None  # the layer's name, where it draws random numbers in training
+    precision: Callable[[], AbstractContextManager[None]] = nullcontext  # entered around its work
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.register_state_dict_post_hook(drop_empty_extra_state)
+        self.register_state_dict_post_hook(drop_extra_state)
+        self.register_load_state_dict_pre_hook(ignore_extra_state)
+        self.register_load_state_dict_post_hook(miss_no_extra_state)
 
     def apply_to(self, value: Any) -> Any:
         raise NotImplementedError
@@ -292,10 +299,23 @@ class PlanModule(nn.Module):
         return output.to_wire() if isinstance(output, GPTValue | ElectraValue | T5Value) else output
 
 
-def drop_empty_extra_state(
-    module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any
-) -> None:
-    """megatron-core's linears put ``_extra_state: None`` beside weights; DeepSpeed's checkpoints clone it."""
-    for name in [name for name in state if name.startswith(prefix) and name.endswith("_extra_state")]:
-        if state[name] is None:
-            del state[name]
+def drop_extra_state(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """No ``_extra_state`` in files: linears of megatron-core put None there, which DeepSpeed's checkpoints clone, and
+    those of Transformer Engine pickled scales, whose size and kind depend on the recipe (`fp8` keeps what matters).
+    """
+    for name in extra_states(state, prefix):
+        del state[name]
+
+
+def ignore_extra_state(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Nor is that of other files taken: weights in 16 bits load into eight-bit layers, and the other way round."""
+    drop_extra_state(module, state, prefix, None)
+
+
+def miss_no_extra_state(module: nn.Module, keys: Any) -> None:
+    """Strict loading asks for it of every module that could take it."""
+    keys.missing_keys[:] = [name for name in keys.missing_keys if not name.endswith(EXTRA_STATE)]
+
+
+def extra_states(state: dict[str, Any], prefix: str) -> list[str]:
+    return [name for name in state if name.startswith(prefix) and name.endswith(EXTRA_STATE)]

@@ -4,14 +4,16 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from model_providers.config import ModelConfig
-from model_providers.fp8.config import BLOCKS
+from model_providers.fp8.config import BLOCKS, Fp8Config, Recipe
 from model_providers.layout import Layout
+from pretrain.fp8_te_rules import linear_widths, transformer_engine_can
 from pretrain.optimizer_rules import Rule
 
 if TYPE_CHECKING:  # Run holds what the rules look at; config_io imports this module
     from pretrain.config_io import Run
 
-SPLIT_BACKWARD = ("zb-h1", "zb-v", "interleaved-zb")
+# Of torch's eight-bit products on CUDA (aten/src/ATen/native/cuda/ScaledBlas.cpp); others are emulated.
+TORCH_MULTIPLES: dict[Recipe, int] = {"delayed": 16, "current": 16, "blockwise": 128, "mxfp8": 32}
 
 
 def fp8_has_a_wide_format_beside_it(run: "Run") -> str | None:
@@ -61,20 +63,6 @@ def options_belong_to_the_recipe(run: "Run") -> str | None:
     return None
 
 
-def fp8_backend_goes_with_kernels(run: "Run") -> str | None:
-    fp8, kernels, schedule = run.config.fp8, run.config.kernels, run.config.layout.schedule
-    if fp8 is None or fp8.backend != "te":
-        return None
-    if kernels == "torch":
-        return "fp8.backend=te with kernels=torch: its FP8 is that of its own layers; use kernels=te or auto"
-    if schedule in SPLIT_BACKWARD:
-        return (
-            f"fp8.backend=te with layout.schedule={schedule}: Transformer Engine's linears compute their weights' "
-            "gradients at once, so nothing is left for the bubble; use fp8.backend=torch, or 1f1b or interleaved"
-        )
-    return None
-
-
 def blocks_are_not_cut_by_tp(run: "Run") -> str | None:
     """A scale's block that lies on two tensor ranks would be two blocks, and the layout would change the numbers."""
     fp8, layout = run.config.fp8, run.layout
@@ -97,11 +85,28 @@ def shared_widths(model: ModelConfig, layout: Layout) -> Iterator[tuple[str, int
     yield "the MLP", model.ffn_width // layout.tp
 
 
+def emulated_on_cuda(run: "Run", fp8: Fp8Config) -> str | None:
+    """Why torch's eight-bit units will not do the products of this run: no fault, but no faster than 16 bits."""
+    multiple = TORCH_MULTIPLES.get(fp8.recipe)
+    if multiple is None:
+        return f"fp8.recipe={fp8.recipe}: torch has no such products, they are emulated and slower than bf16"
+    tokens = run.micro_size * run.config.data.sequence_length
+    sizes = [("a micro-batch", "tokens", tokens)]
+    sizes += [(name, "wide", width) for name, width in linear_widths(run.config.model, run.layout)]
+    for name, unit, size in sizes:
+        if size % multiple:
+            return (
+                f"fp8.recipe={fp8.recipe}: {name} is {size} {unit}, no multiple of {multiple}; such products are "
+                "emulated and slower than bf16"
+            )
+    return None
+
+
 FP8_RULES: tuple[Rule, ...] = (
     fp8_has_a_wide_format_beside_it,
     four_bits_are_an_experiment,
     some_blocks_are_fp8,
     options_belong_to_the_recipe,
-    fp8_backend_goes_with_kernels,
+    transformer_engine_can,
     blocks_are_not_cut_by_tp,
 )

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from data_tools.training_data import TrainingData
 from model_providers.families import build_plan
+from model_providers.fp8.config import Fp8Config
 from model_providers.layer_plan import (
     BERTInputs,
     ElectraInputs,
@@ -41,6 +42,8 @@ from pretrain.engine.stage_module import PipelineShape
 from pretrain.engine.zero import build_zero_engine
 from pretrain.errors import RunError
 from pretrain.evaluate import evaluate_all
+from pretrain.fp8_rules import emulated_on_cuda
+from pretrain.fp8_te_rules import settled_fp8
 from pretrain.loop import Loop, Outcome
 from pretrain.monitor import banner, logs
 from pretrain.monitor.experts import ExpertWatch
@@ -161,7 +164,7 @@ def settle_schedule(run: Run, plan: LayerPlan, groups: Groups) -> tuple[Run, Gro
 
 def make_plan(run: Run, groups: Groups) -> LayerPlan:
     """The model as layers, for this rank's place."""
-    config = run.config
+    config, fp8 = run.config, make_fp8(run, groups)
     return build_plan(
         config.model,
         run.layout,
@@ -174,9 +177,22 @@ def make_plan(run: Run, groups: Groups) -> LayerPlan:
         kernels=config.kernels,
         recompute=recompute_of(config.recompute),
         nodes=groups.experts.nodes,
-        fp8=config.fp8,
+        fp8=fp8,
         chunk_tokens=run.chunk_tokens,
     )
+
+
+def make_fp8(run: Run, groups: Groups) -> Fp8Config | None:
+    """The run's wish, with what the run itself says about whose layers; one line for each surprise."""
+    fp8, said = settled_fp8(run)
+    on_cuda = groups.device.type == "cuda"
+    if said is not None and on_cuda and groups.is_first:
+        log.info("%s", said)
+    if fp8 is not None and fp8.backend == "torch" and on_cuda and groups.is_first:
+        emulated = emulated_on_cuda(run, fp8)
+        if emulated is not None:
+            log.warning("%s", emulated)
+    return fp8
 
 
 def make_engine(run: Run, plan: LayerPlan, groups: Groups) -> Engine:

@@ -6,6 +6,7 @@ Both give the same numbers but for the order of sums: a product of two such elem
 import torch
 
 from model_providers.fp8.formats import E4M3, E5M2
+from model_providers.fp8.native import multiply_blocks
 from model_providers.fp8.quantised import Quantised
 
 ALIGNMENT = 16  # elements of a row that CUDA's eight-bit products ask for
@@ -23,6 +24,9 @@ def multiply(a: Quantised, b: Quantised, dtype: torch.dtype, *, is_precise: bool
             out_dtype=dtype,
             use_fast_accum=a.payload.is_cuda and not is_precise,
         )
+    blocks = multiply_blocks(a, b, dtype)
+    if blocks is not None:
+        return blocks
     wide = dtype if a.payload.is_cuda or dtype == torch.float64 else torch.float32
     product = a.values(wide) @ b.values(wide).t()
     return (product * (a.unit * b.unit)).to(dtype)

@@ -77,6 +77,11 @@ CRASH = {"code": -11, "said": ""}
 MISSING = {"code": 127, "said": "not installed"}
 DISK = {"total_bytes": GIB, "free_bytes": GIB, "write_mb_per_s": 2000.0, "folder": "/w"}
 ONE = Wanted(num_hosts=2, ranks_per_host=2)
+RECIPES = {
+    "code": 0,
+    "said": json.dumps({"delayed": None, "current": None, "blockwise": "needs 12.9", "mxfp8": "needs 10.0"}),
+}
+
 WRONG: list[tuple[str, str, str, dict[str, Any]]] = [
     ("processors", "warning", "for 32 ranks", {"wanted": Wanted(ranks_per_host=32)}),
     ("clock", "warning", "off by +61.0 s", {"skew_s": 61.0}),
@@ -159,6 +164,12 @@ WRONG: list[tuple[str, str, str, dict[str, Any]]] = [
         {"wanted": Wanted(needs_te=True), "exam__builds__transformer engine": CRASH},
     ),
     (
+        "FP8",
+        "broken",
+        "fp8.recipe=mxfp8: needs 10.0",
+        {"wanted": Wanted(needs_te=True, fp8_recipe="mxfp8"), "exam__builds__fp8 recipes": RECIPES},
+    ),
+    (
         "Apex",
         "warning",
         "Pyramid",
@@ -186,6 +197,21 @@ def test_a_check_finds_its_fault_and_says_the_fix(
     found = [finding for finding in checks.findings("a", seen(**changes)) if finding.title == title]
     assert [finding.level for finding in found] == [level]
     assert said in found[0].said and found[0].fix
+
+
+@pytest.mark.parametrize(
+    ("wanted", "level", "said"),
+    [
+        (Wanted(), "ok", "Transformer Engine does delayed, current"),
+        (Wanted(fp8_recipe="current"), "ok", "Transformer Engine does delayed, current"),
+        (Wanted(fp8_recipe="mxfp8"), "warning", "fp8.recipe=mxfp8: needs 10.0"),
+    ],
+    ids=str,
+)
+def test_a_recipe_that_torch_would_follow_instead_is_no_fault(wanted: Wanted, level: str, said: str) -> None:
+    facts = seen(wanted=wanted, **{"exam__builds__fp8 recipes": RECIPES})
+    found = next(finding for finding in checks.findings("a", facts) if finding.title == "FP8")
+    assert (found.level, found.said) == (level, said)
 
 
 def test_every_check_has_a_failing_test() -> None:

@@ -9,6 +9,7 @@ import pytest
 from pretrain import config_rules, optimizer_rules
 from pretrain.config_rules import device_faults
 from pretrain.errors import RunError
+from tests.pretrain.fp8_cases import FP8_CASES
 from tests.runs import checked, tiny
 
 MOE = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 16}
@@ -19,6 +20,7 @@ BERT = {"model": {"preset": "tiny-bert", "vocab_size": None}, "data__objective":
 T5 = {"model": {"preset": "tiny-t5", "vocab_size": None}, "data__objective": {"kind": "span_corruption"}}
 
 CASES: tuple[tuple[str, int, dict[str, Any], dict[str, Any] | None, str], ...] = (
+    *FP8_CASES,
     (
         "sequence_parallel_needs_tp",
         1,

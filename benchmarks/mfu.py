@@ -1,0 +1,161 @@
+"""Model FLOPs utilisation of a 1B-class Llama on one device, against the rate at which that device multiplies matrices.
+
+Two denominators: the largest rate that torch's own matrix product reaches here (measured), and the datasheet's.  Whole
+optimizer steps of the engine, ZeRO-1 of one rank with fp32 master weights and moments, synthetic tokens.
+
+    python -m benchmarks.mfu                  # on CUDA: sequence 4096, bf16
+    python -m benchmarks.mfu --small          # a toy anywhere, to see that it runs; its ratios mean nothing
+"""
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from benchmarks.throughput import LR, Shape, batch, deepspeed_json, world_of_one  # first: sets a world of one
+
+# isort: split
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from model_providers.config import ModelConfig
+from model_providers.cost import train_flops_per_token
+from model_providers.families import build_plan
+from model_providers.fp8.config import Fp8Config
+from model_providers.layout import Layout
+from pretrain.config import OptimizerConfig
+from pretrain.engine.base import MicroBatch
+from pretrain.engine.groups import join
+from pretrain.engine.zero import build_zero_engine
+
+# Widths and depth of Llama 3.2 1B (its config.json on the hub), with Llama 2's vocabulary.
+LLAMA_1B = Shape(
+    "Llama 1B, sequence 4096",
+    ModelConfig(
+        num_layers=16,
+        hidden_size=2048,
+        num_attention_heads=32,
+        num_kv_heads=8,
+        ffn_hidden_size=8192,
+        vocab_size=32000,
+        max_sequence_length=4096,
+    ),
+    sequence=4096,
+    micro=4,
+)
+SMALL = Shape(
+    "toy",
+    ModelConfig(
+        num_layers=4,
+        hidden_size=128,
+        num_attention_heads=4,
+        ffn_hidden_size=256,
+        vocab_size=512,
+        max_sequence_length=128,
+    ),
+    sequence=128,
+    micro=2,
+)
+MATRIX = {"cuda": 8192, "cpu": 512}  # rows, columns and sum of the measured product
+NO_CUDA = "benchmarks: no CUDA device here; --small runs a toy on the CPU, whose ratios mean nothing"
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Of whole steps."""
+
+    tokens_per_s: float
+    flops_per_token: float
+    loss: float  # of the last step
+
+    def mfu(self, flops_per_s: float) -> float:
+        return self.tokens_per_s * self.flops_per_token / flops_per_s
+
+
+def seconds_of(work: Callable[[], Any], *, repeats: int, warmup: int = 3) -> float:
+    """The median of a call."""
+    times = []
+    for number in range(warmup + repeats):
+        get_accelerator().synchronize()
+        started_s = time.perf_counter()
+        work()
+        get_accelerator().synchronize()
+        if number >= warmup:
+            times.append(time.perf_counter() - started_s)
+    return statistics.median(times)
+
+
+def matrix_flops_per_s(device: torch.device, dtype: torch.dtype, *, repeats: int) -> float:
+    """What torch's product of two large square matrices reaches; `launch.hardware` has datasheets."""
+    size = MATRIX[device.type]
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2.0 * size**3 / seconds_of(lambda: a @ b, repeats=repeats)
+
+
+def train_rate(
+    shape: Shape,
+    *,
+    steps: int,
+    fp8: Fp8Config | None = None,
+    kernels: Literal["auto", "te", "torch"] = "auto",
+) -> Rate:
+    """Of this rank alone; the engine goes with the call, and what it left when the next one is built."""
+    gc.collect()
+    get_accelerator().empty_cache()
+    groups = join(Layout())
+    plan = build_plan(
+        shape.model,
+        groups.layout,
+        groups.collection,
+        seed=1,
+        sequence_length=shape.sequence,
+        params_dtype=torch.bfloat16,
+        device=groups.device,
+        kernels=kernels,
+        fp8=fp8,
+    )
+    optimizer = OptimizerConfig(type="AdamW", lr=LR)
+    engine = build_zero_engine(plan, groups, json=deepspeed_json(shape, "bf16"), optimizer=optimizer)
+    tokens, labels = batch(shape)
+    weights = torch.full(labels.shape, 1.0 / labels.numel(), device=labels.device)
+    step = MicroBatch(tokens, (labels, weights))
+    losses: list[float] = []
+    elapsed_s = seconds_of(lambda: losses.append(engine.train_step([step]).loss), repeats=steps)
+    return Rate(shape.tokens / elapsed_s, train_flops_per_token(shape.model, shape.sequence), losses[-1])
+
+
+def shape_here(words: argparse.Namespace) -> Shape:
+    """Exits with 2 where there is nothing to measure."""
+    if not words.small and not torch.cuda.is_available():
+        print(NO_CUDA, file=sys.stderr)
+        sys.exit(2)
+    chosen = SMALL if words.small else LLAMA_1B
+    return replace(chosen, micro=words.micro or chosen.micro)
+
+
+def parser(text: str | None) -> argparse.ArgumentParser:
+    own = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    own.add_argument("--small", action="store_true", help="a toy on any device; ratios mean nothing")
+    own.add_argument("--micro", type=int, help="samples of a micro-batch")
+    own.add_argument("--steps", type=int, default=10, help="measured ones, after three")
+    own.add_argument("--kernels", choices=["auto", "te", "torch"], default="auto")
+    return own
+
+
+def main() -> None:
+    words = parser(__doc__).parse_args()
+    shape = shape_here(words)
+    with world_of_one():
+        device = torch.device(get_accelerator().current_device_name())
+        peak = matrix_flops_per_s(device, torch.bfloat16, repeats=words.steps)
+        rate = train_rate(shape, steps=words.steps, kernels=words.kernels)
+    print(f"{shape.name}, kernels {words.kernels}: {rate.tokens_per_s:,.0f} tokens/s, loss {rate.loss:.3f}")
+    print(f"bf16 products: {peak / 1e12:,.1f} TFLOP/s measured; MFU {rate.mfu(peak):.1%} of that")
+
+
+if __name__ == "__main__":
+    main()
