@@ -17,7 +17,7 @@ from rich.table import Table
 from launch.examined_cluster import described
 from launch.hardware import CLUSTERS, Cluster
 from launch.legality import illegal
-from launch.memory import Memory, RankMemory, memory
+from launch.memory import Memory, RankMemory, memory, optimizer_bytes_per_parameter
 from launch.remedies import Remedy, remedies
 from launch.run import positive
 from launch.scenario import Scenario, scenario_of
@@ -28,6 +28,7 @@ from model_providers.errors import ModelError
 from model_providers.presets import get_preset
 from pretrain.config_io import Run, load_run, run_with
 from pretrain.errors import RunError
+from pretrain.optimizer_facts import canonical
 
 GIB = 2**30
 DEVICE_GIB = 80.0
@@ -239,6 +240,11 @@ def model_table(estimate: Estimate) -> Table:
         f"{scenario.global_size} samples of {scenario.sequence_length} tokens: {scenario.num_micro_batches} "
         f"micro-batches of {scenario.micro_size} on each of {layout.dp} copies",
     )
+    kept = optimizer_bytes_per_parameter(scenario)
+    table.add_row(
+        "optimizer",
+        f"{canonical(scenario.optimizer.kind)}: {kept:.3g} bytes of states a parameter, before ZeRO divides them",
+    )
     table.add_row(
         "arithmetic",
         f"{estimate.flops_per_token:.4g} FLOPs a token, {estimate.flops_per_step:.4g} a step (the model's, without "
@@ -353,6 +359,10 @@ def as_json(estimate: Estimate) -> dict[str, Any]:
         "parameters": parameters(estimate.scenario.model),
         "active_parameters": active_parameters(estimate.scenario.model),
         "ranks": estimate.scenario.layout.world_size,
+        "optimizer": {
+            "type": canonical(estimate.scenario.optimizer.kind),
+            "state_bytes_per_parameter": optimizer_bytes_per_parameter(estimate.scenario),
+        },
         "tokens_per_step": estimate.scenario.tokens_per_step,
         "flops_per_token": estimate.flops_per_token,
         "flops_per_step": estimate.flops_per_step,

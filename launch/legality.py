@@ -8,6 +8,7 @@ from model_providers.layout import Layout, layout_problems
 from pretrain import config_rules
 from pretrain.config import RunConfig
 from pretrain.config_io import Run
+from pretrain.optimizer_facts import canonical
 
 # Disks and checkpoints are for those who start the run.
 RULES = tuple(rule for rule in config_rules.RULES if rule not in config_rules.RULES_OF_THIS_MACHINE)
@@ -58,5 +59,8 @@ def as_run(config: RunConfig, scenario: Scenario) -> Run:
         "gradient_accumulation_steps": scenario.num_micro_batches,
         "gradient_clipping": config.optimizer.gradient_clipping,
     }
-    edited = config.model_copy(update={"layout": stated, "recompute": recompute})
+    optimizer = config.optimizer
+    if scenario.optimizer.kind != canonical(optimizer.type).lower():
+        optimizer = optimizer.model_copy(update={"type": canonical(scenario.optimizer.kind)})
+    edited = config.model_copy(update={"layout": stated, "recompute": recompute, "optimizer": optimizer})
     return Run(edited, document, layout, {})

@@ -6,7 +6,7 @@ Bytes are those of tensors; what an allocator, CUDA's context and NCCL need come
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,10 +17,11 @@ from launch.activations import (
     facts_of,
     peak_activations,
 )
-from launch.model_states import Held, StateBytes, states
+from launch.model_states import Held, StateBytes, own_states, states
 from launch.scenario import Scenario
 from model_providers.config import ModelConfig
 from model_providers.layout import Layout
+from model_providers.tensor_shapes import TensorShape, layer_shapes, word_shape
 from model_providers.tensor_shares import LayerShare, layer_shares, word_share
 from pretrain.config_rules import SPLIT_BACKWARD
 
@@ -114,7 +115,16 @@ def held_by(model: ModelConfig, layout: Layout, spans: tuple[Span, ...]) -> Held
         largest_tensor=_largest_tensor(model, layout),
         gathered=gathered_elements(here, model.hidden_size),
         bucket=_bucket(model, layout),
+        tensors=_tensors(model, layout, spans, has_copy=copied > 0),
     )
+
+
+def _tensors(
+    model: ModelConfig, layout: Layout, spans: tuple[Span, ...], *, has_copy: bool
+) -> tuple[TensorShape, ...]:
+    shapes = layer_shapes(model, tp=layout.tp, ep=layout.ep, etp=layout.expert_tp)
+    found = [shape for start, stop in spans for layer in shapes[start:stop] for shape in layer]
+    return tuple([*found, word_shape(model, layout.tp)] if has_copy else found)
 
 
 def _chunk(shares: tuple[LayerShare, ...], span: Span) -> int:
@@ -211,3 +221,11 @@ def _block_workspace(facts: Facts, tokens: int) -> float:
 def state_bytes(scenario: Scenario, rank: int) -> StateBytes:
     """On the device, without activations: what the ZeRO paper counts."""
     return states(scenario, held_by(scenario.model, scenario.layout, spans_of(scenario, rank))).device
+
+
+def optimizer_bytes_per_parameter(scenario: Scenario) -> float:
+    """Of the whole model's states on one rank, beside master weights: what ZeRO then divides."""
+    model, alone = scenario.model, Layout()
+    held = held_by(model, alone, ((0, model.num_plan_layers),))
+    whole = replace(scenario, layout=alone, zero_stage=0)
+    return own_states(whole, held, held.all) / held.all

@@ -15,14 +15,15 @@ All of it was compared with what tensors really take (tests/launch/test_memory.p
 from collections.abc import Callable
 from typing import NamedTuple
 
+from launch.optimizer_states import BY_SHAPE, bytes_per_parameter, shaped_bytes
 from launch.scenario import Scenario
 from model_providers.layout import Layout
+from model_providers.tensor_shapes import TensorShape
 from pretrain.ds_config import Buckets
 from pretrain.ds_offload import usual_swap_buffers
 
 VALUE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 MASTER_BYTES = 4
-MOMENT_BYTES = 8  # Adam's two, in fp32
 ALIGNMENT = 2  # elements of each copy's partition, deepspeed/runtime/zero/stage_1_and_2.py
 
 
@@ -36,6 +37,7 @@ class Held(NamedTuple):
     largest_tensor: int = 0
     gathered: int = 0  # most that ZeRO-3 holds whole at once
     bucket: int = 0  # through which gradients pass
+    tensors: tuple[TensorShape, ...] = ()  # all, in order: some optimizers ask
 
     @property
     def all(self) -> int:
@@ -86,7 +88,22 @@ def _plain(scenario: Scenario, held: Held) -> States:
     size = VALUE_BYTES[scenario.dtype]
     masters = MASTER_BYTES if size < MASTER_BYTES else 0
     stay, pass_ = _by_stay(scenario, size * held.all)
-    return States(StateBytes(size * held.all, stay, (masters + MOMENT_BYTES) * held.all), passing=pass_)
+    optimizer = masters * held.all + own_states(scenario, held, held.all)
+    return States(StateBytes(size * held.all, stay, optimizer), passing=pass_)
+
+
+def own_states(scenario: Scenario, held: Held, share: int) -> int:
+    """Bytes that the optimizer keeps beside masters, of the ``share`` elements that are this rank's."""
+    choice, layout = scenario.optimizer, scenario.layout
+    if choice.kind not in BY_SHAPE:
+        return bytes_per_parameter(choice) * share
+    return shaped_bytes(
+        choice,
+        held.tensors,
+        zero_stage=scenario.zero_stage,
+        copies=layout.dp,
+        expert_copies=layout.expert_dp if layout.ep > 1 else None,
+    )
 
 
 def _by_stay(scenario: Scenario, gradients: int) -> tuple[int, int]:
@@ -104,7 +121,7 @@ def _bf16(scenario: Scenario, held: Held) -> States:
     stay, pass_ = _by_stay(scenario, 2 * held.all)
     if scenario.layout.pp > 1:
         stay, pass_ = 0, 2 * held.largest_chunk
-    optimizer = (MASTER_BYTES + MOMENT_BYTES) * share
+    optimizer = MASTER_BYTES * share + own_states(scenario, held, share)
     return States(StateBytes(2 * held.all, 4 * held.all + stay, optimizer), passing=pass_)
 
 
@@ -123,7 +140,7 @@ def _partitioned(scenario: Scenario, held: Held) -> States:
         gradients, pass_ = _by_stay(scenario, sums * held.all)
         gradients += sums * share if is_compact else 0
     buffers = _buckets(scenario, held, sums if scenario.zero_stage == 1 else size)
-    optimizer = (MASTER_BYTES + MOMENT_BYTES) * share
+    optimizer = MASTER_BYTES * share + own_states(scenario, held, share)
     if not is_offloaded:
         return States(StateBytes(size * held.all, gradients, optimizer, buffers), passing=pass_)
     one = size * held.largest_tensor  # its gradient, on the way
@@ -147,7 +164,10 @@ def _sharded(scenario: Scenario, held: Held) -> States:
     nvme: list[StateBytes] = []
     place = {"none": device, "cpu": cpu, "nvme": nvme}
     place[scenario.offload_parameters].append(StateBytes(size * share))
-    optimizer, gradients = (MASTER_BYTES + MOMENT_BYTES) * share, StateBytes(gradients=sums * share)
+    optimizer, gradients = (
+        MASTER_BYTES * share + own_states(scenario, held, share),
+        StateBytes(gradients=sums * share),
+    )
     if scenario.offload_optimizer == "none":
         device += [StateBytes(optimizer=optimizer), gradients]
     else:  # sums over micro-batches, and once more in fp32 for the optimizer

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from launch.fitting import Fit, fits
 from launch.hardware import Cluster
 from launch.legality import illegal
-from launch.scenario import Scenario
+from launch.scenario import Scenario, optimizer_of
 from launch.step_time import StepTime, step_time
 from model_providers.activation_memory import RecomputeMode
 from model_providers.config import ModelConfig
@@ -149,6 +149,7 @@ def scenarios(task: Task) -> Iterator[Scenario]:
                 dtype=task.dtype,
                 gradient_dtype=task.config.precision.accumulate,
                 target_length=task.config.target_length,
+                optimizer=optimizer_of(task.config.optimizer),
                 partition=task.config.layout.partition if _names_a_method(task.config) else "cost",
             )
 

@@ -19,7 +19,7 @@ from launch.hostfile import Host
 from launch.remote import Answer, ask, last_line
 
 ROOMS = ("launch", "pretrain", "model_providers", "data_tools", "ds_configs")
-PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "transformer-engine", "triton")
+PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "transformer-engine", "triton", "bitsandbytes")
 PROBE_S = 90.0
 COMMAND_NOT_FOUND = 127
 

@@ -11,6 +11,7 @@ from typing import Any
 from launch.memory import memory
 from launch.scenario import Scenario
 from model_providers.errors import ModelError
+from pretrain.ds_config import ADAM_LIKE
 
 MOST_TOLD = 3
 MOST_TP = 8  # ranks that share one machine's fast links
@@ -85,6 +86,14 @@ def _zero(stage: int, file: str, **places: Any) -> Edit:
     return edit
 
 
+def _moments_in_8_bit(scenario: Scenario) -> tuple[str, Scenario] | None:
+    """AdamW's settings serve the 8-bit one as they are (Dettmers et al. 2022, arXiv:2110.02861, abstract)."""
+    if scenario.optimizer.kind not in ADAM_LIKE or scenario.offload_optimizer != "none":
+        return None
+    edited = replace(scenario, optimizer=scenario.optimizer._replace(kind="adamw8bit"))
+    return "optimizer.type=AdamW8bit", edited
+
+
 def _smaller_micro_batch(scenario: Scenario) -> tuple[str, Scenario] | None:
     if scenario.micro_size == 1:
         return None
@@ -125,6 +134,7 @@ EDITS: tuple[Edit, ...] = (
     _zero(2, "zero2.json"),
     _recompute("full"),
     _zero(3, "zero3.json"),
+    _moments_in_8_bit,
     *(_more_ranks("tp", factor) for factor in (2, 4, 8)),
     *(_more_ranks("pp", factor) for factor in (2, 4, 8, 16)),
     _zero(2, "zero2_cpu_offload.json", offload_optimizer="cpu"),

@@ -14,6 +14,7 @@ from launch.backends import LAUNCHERS, Job, best_launcher, command_shown, launch
 from launch.devices import device_type, num_gpus
 from launch.hostfile import Host, chosen, num_slots, read_hostfile
 from launch.supervise import Options, Supervisor, newest_checkpoint
+from model_providers.fp8.config import BACKENDS, RECIPES
 from pretrain.checkpoint.state import check_before_start
 from pretrain.config_io import Run, find_deepspeed_json, load_run
 from pretrain.config_rules import device_faults
@@ -23,6 +24,7 @@ from pretrain.errors import RunError
 def main(argv: list[str]) -> None:
     """Exit code 0 when all steps are done or a signal was obeyed."""
     words = parser().parse_intermixed_args(argv)
+    words.words += fp8_words(words)
     hosts = hosts_of(words)
     wanted = [host for host in hosts if not host.is_spare]
     num_ranks = num_slots(wanted) if hosts else words.ranks or max(1, num_gpus())
@@ -83,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument(
         "--dry-run", action="store_true", help="check, print the deepspeed command, start nothing"
     )
+    add_fp8_words(own)
     add_host_words(own)
     kept = own.add_argument_group("supervision")
     kept.add_argument(
@@ -105,6 +108,21 @@ def parser() -> argparse.ArgumentParser:
         "--stall-floor", type=float, default=120.0, metavar="S", help="but after S seconds at the earliest"
     )
     return own
+
+
+def add_fp8_words(own: argparse.ArgumentParser) -> None:
+    own.add_argument(
+        "--fp8", choices=RECIPES, metavar="RECIPE", help=f"of the run file's fp8.recipe: {', '.join(RECIPES)}"
+    )
+    own.add_argument(
+        "--fp8-backend", choices=BACKENDS, metavar="NAME", help=f"fp8.backend: {', '.join(BACKENDS)}"
+    )
+
+
+def fp8_words(words: argparse.Namespace) -> list[str]:
+    """The flags as the overrides that they stand for."""
+    recipe = [f"fp8.recipe={words.fp8}"] if words.fp8 else []
+    return recipe + ([f"fp8.backend={words.fp8_backend}"] if words.fp8_backend else [])
 
 
 def add_host_words(own: argparse.ArgumentParser) -> None:

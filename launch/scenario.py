@@ -11,12 +11,13 @@ from model_providers.config import ModelConfig
 from model_providers.cost import layer_costs
 from model_providers.layout import Layout
 from model_providers.partition import partition_by
-from pretrain.config import Dtype
+from pretrain.config import Dtype, OptimizerConfig
 from pretrain.config_io import Run
 from pretrain.ds_config import Buckets, gradient_buckets
 from pretrain.ds_offload import Place, SwapBuffers, offload_place, offload_ratio, swap_buffers
 from pretrain.engine.schedules.catalogue import placement_of
 from pretrain.engine.schedules.ops import Placement
+from pretrain.optimizer_facts import ADAMW, OptimizerChoice, choice_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Scenario:
     offloads_activations: bool = False  # to the CPU's memory
     offload_ratio: float = 1.0  # share of the optimizer that is offloaded, where it is
     swap: SwapBuffers | None = None  # for NVMe; None: those that Megaloom's JSON files make
+    optimizer: OptimizerChoice = ADAMW
     buckets: Buckets | None = None  # of gradients under ZeRO; None: those that Megaloom's JSON files make
 
     @property
@@ -105,5 +107,15 @@ def scenario_of(run: Run) -> Scenario:
         offloads_activations=config.recompute.offload,
         offload_ratio=offload_ratio(run.deepspeed) or 1.0,
         swap=swap_buffers(run.deepspeed, run.largest_shard),
+        optimizer=optimizer_of(config.optimizer),
         buckets=gradient_buckets(run.deepspeed),
+    )
+
+
+def optimizer_of(config: OptimizerConfig) -> OptimizerChoice:
+    return choice_of(
+        config.type,
+        config.params,
+        weight_decay=config.weight_decay,
+        decay_embeddings=config.decay_embeddings,
     )

@@ -23,7 +23,14 @@ def plan(building: Building) -> LayerPlan:
     modules: dict[str, Construct] = {"embedding": partial(EncoderEmbedding, model, config, groups, chosen)}
     for index in range(model.num_layers):
         modules[f"layers.{index}"] = partial(
-            kind, config, groups, chosen, index, rotary, masks, is_causal=False
+            kind,
+            config,
+            groups,
+            building.kernels_of(index, model.num_layers),
+            index,
+            rotary,
+            masks,
+            is_causal=False,
         )
     if not model.norms_after:
         modules["final_norm"] = partial(FinalNorm, config, chosen)

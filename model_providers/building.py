@@ -14,8 +14,10 @@ from model_providers.config import ModelConfig
 from model_providers.cost import LayerCost, layer_costs
 from model_providers.dispatch import Nodes
 from model_providers.errors import ModelError
+from model_providers.fp8.config import Fp8Config
+from model_providers.fp8.linears import name_linears
 from model_providers.initial import draw_weights
-from model_providers.kernels import Kernels, choose_kernels
+from model_providers.kernels import Kernels, choose_kernels, fp8_kernels
 from model_providers.layer_plan import PlannedLayer, Recompute, Tie
 from model_providers.layout import Layout, TensorPlace, layout_problems
 from model_providers.mcore_config import mcore_config
@@ -39,6 +41,7 @@ class Building(NamedTuple):
     device: torch.device
     recompute: Recompute
     nodes: Nodes | None  # how ranks that share experts lie on machines
+    fp8: Fp8Config | None
 
     @classmethod
     def prepare(
@@ -55,6 +58,7 @@ class Building(NamedTuple):
         kernels: str = "auto",
         recompute: Recompute = NO_RECOMPUTE,
         nodes: Nodes | None = None,
+        fp8: Fp8Config | None = None,
     ) -> Self:
         """``groups``: a ProcessGroupCollection with tp, cp and pp, and with experts all that concerns them; or
         ``solo_groups()`` for a single process.  Of two stacks ``sequence_length`` is the encoder's, and
@@ -79,7 +83,15 @@ class Building(NamedTuple):
             sequence_parallel=layout.shards_sequence,
             bytes_per_value=params_dtype.itemsize,
         )
-        return cls(model, layout, groups, config, chosen, costs, seed, device, recompute, nodes)
+        return cls(model, layout, groups, config, chosen, costs, seed, device, recompute, nodes, fp8)
+
+    def kernels_of(self, index: int, num_blocks: int) -> Kernels:
+        """Those of block ``index`` in a stack of ``num_blocks``; what looks ahead comes behind the last, and follows it
+        in its format.
+        """
+        if self.fp8 is None or not self.fp8.is_fp8_block(index, num_blocks):
+            return self.kernels
+        return fp8_kernels(self.kernels, self.fp8)
 
     def layers(
         self, modules: Mapping[str, Construct], ties: tuple[Tie, ...], *, checkpointable: tuple[str, ...]
@@ -115,6 +127,7 @@ class _Finish(NamedTuple):
 
     def build(self, name: str, construct: Any) -> nn.Module:
         module = construct()
+        name_linears(module, name)
         tied = {
             tie.user_parameter: f"{tie.owner}.{tie.owner_parameter}" for tie in self.ties if tie.user == name
         }

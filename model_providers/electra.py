@@ -236,12 +236,26 @@ def plan(building: Building) -> LayerPlan:
     modules: dict[str, Construct] = {"embedding": partial(GeneratorEmbedding, model, config, groups, chosen)}
     for index in range(small.num_layers):
         modules[f"generator.{index}"] = partial(
-            kind, small_config, groups, chosen, index, small_turns, masks, is_causal=False
+            kind,
+            small_config,
+            groups,
+            building.kernels_of(index, small.num_layers),
+            index,
+            small_turns,
+            masks,
+            is_causal=False,
         )
     modules["replacement"] = partial(Replacement, model, config, groups, chosen, building.seed)
     for index in range(model.num_layers):
         modules[f"layers.{index}"] = partial(
-            kind, config, groups, chosen, index, turns, masks, is_causal=False
+            kind,
+            config,
+            groups,
+            building.kernels_of(index, model.num_layers),
+            index,
+            turns,
+            masks,
+            is_causal=False,
         )
     if not model.norms_after:
         modules["final_norm"] = partial(ElectraNorm, config, chosen)

@@ -19,8 +19,8 @@ def plan(building: Building) -> LayerPlan:
     experts = ExpertPlace(groups, building.layout, building.nodes)
 
     def block(index: int, has_experts: bool) -> Block:
-        placed = experts if has_experts else None
-        return Block(config, groups, chosen, index, rotary, masks, placed, is_causal=model.is_causal)
+        placed, parts = experts if has_experts else None, building.kernels_of(index, model.num_layers)
+        return Block(config, groups, parts, index, rotary, masks, placed, is_causal=model.is_causal)
 
     def look_ahead(depth: int) -> LookAhead:
         inner = block(model.num_layers + depth - 1, model.moe is not None)

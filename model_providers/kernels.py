@@ -8,6 +8,8 @@ the kernels.
 import importlib
 import importlib.util
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +27,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from model_providers.errors import ModelError
+from model_providers.fp8.config import Fp8Config
+from model_providers.fp8.linears import fp8_linears
 from model_providers.latent import LatentAttention, LatentSubmodules
 from model_providers.linears import (
     ColumnLinear,
@@ -60,6 +64,7 @@ class Kernels(NamedTuple):
     self_attention: Any
     core_attention: Any
     fuse: bool  # let megatron-core use its fused activation and bias-dropout-add
+    precision: Callable[[], AbstractContextManager[None]] = nullcontext  # entered around each block's work
 
     def block_submodules(
         self,
@@ -149,6 +154,14 @@ def choose_kernels(choice: str, device: str) -> Kernels:
     kernels = torch_kernels(device)
     logger.info("kernels=auto: %s, because %s", kernels.name, obstacle)
     return kernels
+
+
+def fp8_kernels(kernels: Kernels, facts: Fp8Config) -> Kernels:
+    """The same, but that linear layers of blocks follow a recipe, by our own products."""
+    is_ours = issubclass(kernels.column_linear, ColumnLinear)
+    column, row = (kernels.column_linear, kernels.row_linear) if is_ours else (ColumnLinear, RowLinear)
+    column, row = fp8_linears(facts, column, row)
+    return kernels._replace(name=f"{kernels.name}, {facts.recipe} fp8", column_linear=column, row_linear=row)
 
 
 def transformer_engine_obstacle(device: str) -> str | None:

@@ -108,3 +108,9 @@ def _start(*parts: int | str) -> None:
         torch.cuda.manual_seed(shared)
     tracker.add(DATA_PARALLEL_STREAM, shared)
     tracker.add(MODEL_PARALLEL_STREAM, derive_seed("model-parallel", *parts, _Now.tp_rank))
+
+
+def generator_here(name: str, device: torch.device) -> torch.Generator:
+    """A generator of its own for something called ``name``, a function of where this rank is like the streams."""
+    seed = derive_seed("own", *_Now.parts, _Now.micro_batch, name, _Now.tp_rank)
+    return torch.Generator(device).manual_seed(seed)

@@ -74,7 +74,7 @@ class Block(PlanModule, TransformerLayer):
     ):
         parts = self.parts_of(kernels, config, groups, experts, is_causal)
         super().__init__(config, parts, layer_number=layer_index + 1, pg_collection=groups)
-        self.rotary, self.masks = rotary, masks
+        self.rotary, self.masks, self.precision = rotary, masks, kernels.precision
 
     config: TransformerConfig
     rotary: RotaryTable | None
@@ -92,7 +92,7 @@ class Block(PlanModule, TransformerLayer):
         return kernels.block_submodules(config, experts, is_causal=is_causal)
 
     def apply_to(self, value: GPTValue) -> GPTValue:
-        with shard_stream(self):
+        with shard_stream(self), self.precision():
             hidden, _ = TransformerLayer.forward(
                 self,
                 value.hidden,
@@ -139,7 +139,7 @@ class PostNormBlock(Block):
         return kernels.block_submodules(config, experts, is_causal=is_causal, has_norms=False)
 
     def apply_to(self, value: GPTValue) -> GPTValue:
-        with shard_stream(self):
+        with shard_stream(self), self.precision():
             hidden, _ = TransformerLayer._forward_attention(
                 self,
                 value.hidden,

@@ -17,14 +17,17 @@ def plan(building: Building) -> LayerPlan:
     """Encoder and decoder."""
     model, groups, config, chosen = building.model, building.groups, building.config, building.kernels
     assert model.t5 is not None
+    encoder_depth = model.t5.num_encoder_layers
     rotary = RotaryTable(model) if model.position_embedding == "rotary" else None
     masks = MaskMaker()
 
     def block(index: int, is_causal: bool) -> StackBlock:
-        return StackBlock(model, config, groups, chosen, index, rotary, masks, is_causal=is_causal)
+        depth = model.num_layers if is_causal else encoder_depth
+        parts = building.kernels_of(index, depth)
+        return StackBlock(model, config, groups, parts, index, rotary, masks, is_causal=is_causal)
 
     modules: dict[str, Construct] = {"embedding": partial(SourceEmbedding, model, config, groups)}
-    for index in range(model.t5.num_encoder_layers):
+    for index in range(encoder_depth):
         modules[f"encoder.{index}"] = partial(block, index, False)
     modules["encoder_norm"] = partial(StackNorm, config, chosen)
     modules["decoder_embedding"] = partial(TargetEmbedding, model, config, groups)

@@ -98,7 +98,7 @@ class StackBlock(Block):
         reading: dict[str, Any] = {}
         if self.reads:
             reading = {"context": value.memory, "context_mask": hidden_keys(value.segments)}
-        with shard_stream(self):
+        with shard_stream(self), self.precision():
             hidden, _ = TransformerLayer.forward(
                 self,
                 value.hidden,

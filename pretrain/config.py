@@ -13,6 +13,7 @@ from data_tools.config import DataConfig
 from data_tools.objectives import SpanCorruption
 from data_tools.span_corruption import lengths
 from model_providers.config import Facts, ModelConfig
+from model_providers.fp8.config import Fp8Config
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 
@@ -231,6 +232,7 @@ class RunConfig(Facts):
         None, description="none: a cosine, or the JSON's scheduler if it has one"
     )
     precision: PrecisionConfig = PrecisionConfig()
+    fp8: Fp8Config | None = Field(None, description="eight bits for the linear layers' products")
     recompute: RecomputeConfig = RecomputeConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
@@ -248,7 +250,13 @@ class RunConfig(Facts):
 
 
 # `precision: bf16` means `precision: {dtype: bf16}`, and so on.
-SHORT_FOR = {"model": "preset", "precision": "dtype", "recompute": "mode", "schedule": "kind"}
+SHORT_FOR = {
+    "model": "preset",
+    "precision": "dtype",
+    "fp8": "recipe",
+    "recompute": "mode",
+    "schedule": "kind",
+}
 
 
 def spelled_out(raw: dict[str, Any]) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from pretrain.ds_config import optimizer_is_offloaded
 from pretrain.engine.schedules.catalogue import SCHEDULES, schedule_fault
 from pretrain.errors import RunError
 from pretrain.expert_rules import EXPERT_RULES
+from pretrain.fp8_rules import FP8_RULES
 from pretrain.nested import get
 from pretrain.objective_rules import OBJECTIVE_RULES
 from pretrain.offload_rules import OFFLOAD_RULES, nvme_needs_a_folder
-from pretrain.optimizer_rules import OPTIMIZER_RULES, Rule
+from pretrain.optimizer_rules import OPTIMIZER_RULES, Rule, missing_package
 
 AUTO_SCHEDULE = "auto"  # measured and chosen on the ranks, see engine/auto_schedule.py
 SPLIT_BACKWARD = ("zb-h1", "zb-v", "interleaved-zb")
@@ -94,8 +95,13 @@ def device_faults(run: "Run", device_type: str) -> list[str]:
         found.append("optimizer.type=Lamb: DeepSpeed has it for GPUs only; use AdamW or Lion here")
     if get(dict(run.deepspeed), "aio.use_gds") and device_type == "cpu":
         found.append("aio.use_gds=true: GPUDirect Storage is between a disk and a GPU; use false here")
+    missing = missing_package(run)
+    if missing is not None:
+        found.append(missing)
     if run.config.kernels == "te" and device_type == "cpu":
         found.append("kernels=te: Transformer Engine needs CUDA; use kernels=auto or kernels=torch here")
+    if run.config.fp8 is not None and run.config.fp8.backend == "te" and device_type == "cpu":
+        found.append("fp8.backend=te: Transformer Engine needs CUDA; use fp8.backend=auto or torch here")
     return found
 
 
@@ -292,6 +298,7 @@ RULES: tuple[Rule, ...] = (
     checkpoints_to_begin_from_are_there,
     output_folder_can_be_made,
     *OFFLOAD_RULES,
+    *FP8_RULES,
     *EXPERT_RULES,
     *OBJECTIVE_RULES,
     *OPTIMIZER_RULES,

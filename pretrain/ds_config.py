@@ -16,6 +16,7 @@ from pretrain.ds_offload import AUTO, fill_offload, offload_place
 from pretrain.ds_schema import key_faults
 from pretrain.errors import RunError
 from pretrain.nested import get, leaves, put
+from pretrain.optimizer_facts import TRIED_HERE, canonical
 
 NEVER = 2**31 - 1  # steps_per_print: Megaloom's own console tells the progress
 MAX_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default, deepspeed/runtime/zero/config.py
@@ -27,6 +28,8 @@ TAKES = {
     "muon": {"betas", "eps"},
     "lion": {"betas"},
     "adagrad": {"eps"},
+    "adamw8bit": {"betas", "eps"},
+    "galore": {"betas", "eps"},
 }
 
 
@@ -122,6 +125,8 @@ def complete(document: dict[str, Any], facts: "Facts") -> dict[str, Any]:
         "job_name": _filled(full, "tensorboard.job_name", "tensorboard"),
     }
     _fill_zero(full, facts)
+    if full["zero_optimization"]["stage"] and full["optimizer"]["type"].lower() in TRIED_HERE:
+        full.setdefault("zero_allow_untested_optimizer", True)
     _fill_kernels(full, facts)
     full["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False, **_section(full, "pipeline")}
     if full.get("scheduler") in (AUTO, None):
@@ -232,7 +237,7 @@ def _read_scheduler(reading: Reading, *, json_name: str, run_name: str) -> None:
 
 
 def _optimizer_section(section: dict[str, Any], facts: Facts) -> dict[str, Any]:
-    kind = facts.optimizer["type"]
+    kind = canonical(facts.optimizer["type"])
     takes = TAKES.get(kind.lower(), set())
     params: dict[str, Any] = {"lr": facts.optimizer["lr"], "weight_decay": facts.optimizer["weight_decay"]}
     params |= {

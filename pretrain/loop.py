@@ -146,6 +146,7 @@ class Loop:
 def begin_step(run: Run, engine: Engine, step: int) -> float:
     """Random streams and learning rate of step ``step`` (0 is the first ever); returns the latter."""
     seed(run, engine, step)
+    engine.deepspeed.eight_bits.begin(step)
     schedule = run.config.schedule
     if schedule is None:  # the DeepSpeed JSON's own scheduler rules
         return engine.learning_rate

@@ -1,30 +1,41 @@
 """Which optimizer goes with which stage, offload and layout: rules of `config_rules`, kept apart for their number."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from pretrain.ds_config import optimizer_is_offloaded
+from pretrain.ds_schema import nearest
+from pretrain.optimizer_facts import (
+    BY_ROWS,
+    CPU_OFFLOADABLE,
+    LIGHT_EXTRA,
+    LIGHT_PACKAGE,
+    LIGHT_PARAMETERS,
+    OPTIMIZERS,
+    TRIED_BY_DEEPSPEED,
+    TRIED_HERE,
+    canonical,
+)
 
 if TYPE_CHECKING:  # Run holds what the rules look at; config_io imports this module
     from pretrain.config_io import Run
 
 Rule = Callable[["Run"], str | None]
 
-DEEPSPEED_OPTIMIZERS = ("Adam", "AdamW", "Lion", "Muon", "Adagrad", "Lamb")
-TORCH_OPTIMIZERS = ("Adadelta", "Adafactor", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
 ONE_BIT_OPTIMIZERS = ("onebitadam", "onebitlamb", "zerooneadam")
-# deepspeed/runtime/zero/utils.py, ZERO_SUPPORTED_OPTIMIZERS; the others need zero_allow_untested_optimizer.
-ZERO_TRIED = {"adam", "adamw", "lion", "muon", "adagrad"}
-CPU_OFFLOADABLE = ("Adam", "AdamW", "Lion", "Adagrad")
+# Keys of zero_optimization under which a partition is not a group's parameters, end to end, or its state not as long.
+REARRANGING = ("round_robin_gradients", "elastic_checkpoint", "parameter_alignment")
 
 
 def optimizer_exists(run: "Run") -> str | None:
     kind = run.config.optimizer.type
-    names = (*DEEPSPEED_OPTIMIZERS, *TORCH_OPTIMIZERS)
     if kind.lower() in ONE_BIT_OPTIMIZERS:
-        return f"optimizer.type={kind}: DeepSpeed 0.19 has no 1-bit optimizers any more; use AdamW or Lion"
-    if kind not in names and kind.lower() not in {name.lower() for name in DEEPSPEED_OPTIMIZERS}:
-        return f"optimizer.type={kind}: there are {', '.join(names)}"
+        return (
+            f"optimizer.type={kind}: DeepSpeed 0.19 has no 1-bit optimizers any more; use AdamW8bit or Lion"
+        )
+    if canonical(kind) not in OPTIMIZERS:
+        return f"optimizer.type={kind}: there are {', '.join(OPTIMIZERS)}"
     return None
 
 
@@ -34,13 +45,13 @@ def zero_knows_the_optimizer(run: "Run") -> str | None:
         return None
     if (
         run.zero_stage
-        and kind.lower() not in ZERO_TRIED
+        and kind.lower() not in TRIED_BY_DEEPSPEED | TRIED_HERE
         and not run.deepspeed.get("zero_allow_untested_optimizer")
     ):
         return (
-            f"optimizer.type={kind} with zero_optimization.stage={run.zero_stage}: set "
-            f'"zero_allow_untested_optimizer": true '
-            f"in the DeepSpeed JSON if it updates each number by itself (SGD does), or use stage 0"
+            f"optimizer.type={kind} with zero_optimization.stage={run.zero_stage}: nobody has tried them together; set "
+            f'"zero_allow_untested_optimizer": true in the DeepSpeed JSON if it updates each number by itself, or use '
+            f"stage 0"
         )
     return None
 
@@ -53,6 +64,82 @@ def offload_knows_the_optimizer(run: "Run") -> str | None:
         names = ", ".join(CPU_OFFLOADABLE)
         return f"optimizer.type={kind} with offload_optimizer: DeepSpeed has CPU kernels for {names}"
     return None
+
+
+def light_parameters_are_known(run: "Run") -> str | None:
+    """DeepSpeed and torch judge those of theirs."""
+    kind, given = canonical(run.config.optimizer.type), run.config.optimizer.params
+    known = LIGHT_PARAMETERS.get(kind)
+    if known is None:
+        return None
+    for key, value in given.items():
+        if key not in known:
+            there = ", ".join(known)
+            return (
+                f"optimizer.params.{key} with optimizer.type={kind}: there are {there}{nearest(key, known)}"
+            )
+        fault = known[key](value)
+        if fault is not None:
+            return f"optimizer.params.{key}={value!r} with optimizer.type={kind}: must be {fault}"
+    return None
+
+
+def rows_need_whole_rows(run: "Run") -> str | None:
+    kind = canonical(run.config.optimizer.type)
+    if kind.lower() not in BY_ROWS:
+        return None
+    if run.config.model.moe is not None:
+        return (
+            f"optimizer.type={kind} with model.moe: a rank's experts lie in one tensor, which it would take for one "
+            "matrix; use AdamW8bit or Lion"
+        )
+    if run.layout.tp > 1:
+        return (
+            f"optimizer.type={kind} with layout.tp={run.layout.tp}: it looks at whole matrices, which tp splits; use "
+            "tp=1 (with pp and dp as you like), or AdamW8bit or Lion"
+        )
+    if run.zero_stage == 3:
+        return (
+            f"optimizer.type={kind} with zero_optimization.stage=3: every parameter is cut over all ranks there; use "
+            "stage 1 or 2, or AdamW8bit or Lion"
+        )
+    return None
+
+
+def light_partitions_lie_in_order(run: "Run") -> str | None:
+    kind, zero = canonical(run.config.optimizer.type), run.deepspeed["zero_optimization"]
+    if kind not in LIGHT_PARAMETERS or not run.zero_stage:
+        return None
+    for key in REARRANGING:
+        if zero.get(key) is True or zero.get(key, 1) not in (False, 1):
+            return f"zero_optimization.{key}={zero[key]} with optimizer.type={kind}: not tried together; leave it out"
+    return None
+
+
+def tied_copies_take_the_same_steps(run: "Run") -> str | None:
+    """Each stage that holds a tied weight updates its own copy, which lies elsewhere in its own partitions."""
+    kind = canonical(run.config.optimizer.type)
+    if run.layout.pp == 1 or not run.zero_stage or not run.config.model.tie_embeddings:
+        return None
+    if kind == "AdamW8bit":
+        why = "the two stages that hold the embedding would round it in other blocks of 256, and part"
+    elif run.layout.dp > 1 and (
+        kind == "Adafactor" or (kind == "GaLore" and run.config.optimizer.params.get("embeddings"))
+    ):
+        why = "the two stages that hold the embedding would sum its rows in another order, and part"
+    else:
+        return None
+    return (
+        f"optimizer.type={kind} with layout.pp={run.layout.pp}, zero_optimization.stage={run.zero_stage} and "
+        f"model.tie_embeddings=true: {why}; use model.tie_embeddings=false, pp=1, or Lion"
+    )
+
+
+def missing_package(run: "Run") -> str | None:
+    """Asked where the run would start; each host's answers are compared beforehand."""
+    if canonical(run.config.optimizer.type) != "AdamW8bit" or find_spec(LIGHT_PACKAGE) is not None:
+        return None
+    return f"optimizer.type=AdamW8bit: {LIGHT_PACKAGE} is not installed here: {LIGHT_EXTRA}; or use AdamW or Lion"
 
 
 def muon_needs_whole_matrices(run: "Run") -> str | None:
@@ -68,6 +155,18 @@ def muon_needs_whole_matrices(run: "Run") -> str | None:
             f"optimizer.type=Muon with layout.tp={run.layout.tp}, layout.pp={run.layout.pp}: it "
             "orthogonalises whole matrices, which tp splits, and DeepSpeed's version is for data "
             "parallelism; use tp=1 and pp=1"
+        )
+    return None
+
+
+def muon_has_no_bf16_sums_apart(run: "Run") -> str | None:
+    """deepspeed/runtime/bf16_optimizer.py, __init__: not with a layout that is told from outside."""
+    precision = run.config.precision
+    is_muon = run.config.optimizer.type.lower() == "muon"
+    if is_muon and run.zero_stage == 1 and (precision.dtype, precision.accumulate) == ("bf16", "fp32"):
+        return (
+            "optimizer.type=Muon with precision.dtype=bf16 and zero_optimization.stage=1: DeepSpeed's optimizer of "
+            "that stage does not take it; use stage 2"
         )
     return None
 
@@ -120,7 +219,12 @@ OPTIMIZER_RULES: tuple[Rule, ...] = (
     optimizer_exists,
     zero_knows_the_optimizer,
     offload_knows_the_optimizer,
+    light_parameters_are_known,
+    rows_need_whole_rows,
+    light_partitions_lie_in_order,
+    tied_copies_take_the_same_steps,
     muon_needs_whole_matrices,
+    muon_has_no_bf16_sums_apart,
     muon_wants_whole_gradients,
     muon_is_not_clipped,
     adagrad_decays_everything_under_zero,

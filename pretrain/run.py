@@ -162,6 +162,7 @@ def make_plan(run: Run, groups: Groups) -> LayerPlan:
         kernels=config.kernels,
         recompute=recompute_of(config.recompute),
         nodes=groups.experts.nodes,
+        fp8=config.fp8,
     )
 
 

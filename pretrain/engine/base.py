@@ -4,6 +4,7 @@
 apart.  An engine that meets a gradient which is not finite leaves the weights as they are and says so.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ from pretrain.engine.groups import Groups
 from pretrain.engine.layers import BuiltLayer
 from pretrain.engine.step_control import StepControl
 from pretrain.monitor.timers import PhaseTimers
+
+log = logging.getLogger(__name__)
+
+EIGHT_BITS = "eight_bits"  # in DeepSpeed's files, beside the weights
 
 
 @dataclass(frozen=True)
@@ -96,9 +101,10 @@ class Engine(ABC):
 
     def save(self, folder: Path, client_state: dict[str, Any]) -> None:
         """DeepSpeed's own files of this rank under ``folder``; every rank must call it."""
+        told = {**client_state, EIGHT_BITS: self.deepspeed.eight_bits.state()}
         with self.deepspeed.in_plain_files():
             self.deepspeed.save_checkpoint(
-                str(folder.parent), tag=folder.name, client_state=client_state, save_latest=False
+                str(folder.parent), tag=folder.name, client_state=told, save_latest=False
             )
         if swapped_states.are_swapped(self.deepspeed):
             swapped_states.save(self.deepspeed, folder)
@@ -106,17 +112,20 @@ class Engine(ABC):
             twin_flow.save(self.deepspeed, folder)
 
     def load(self, folder: Path) -> None:
-        """What `save` wrote under the same layout."""
+        """What `save` wrote under the same layout; scales of another recipe are left, and begin anew."""
         are_swapped = swapped_states.are_swapped(self.deepspeed)
         if are_swapped:
             swapped_states.make_known(self.deepspeed, folder)
         with self.deepspeed.in_plain_files():
-            path, _ = self.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
+            path, told = self.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
         assert path is not None, f"DeepSpeed found nothing to load under {folder}"
         if are_swapped:
             swapped_states.restore(self.deepspeed, folder)
         if self._is_divided:
             twin_flow.load(self.deepspeed, folder)
+        unknown = self.deepspeed.eight_bits.restore(told.get(EIGHT_BITS, {}))
+        if unknown and self.groups.is_first:
+            log.info("the checkpoint knows no FP8 scales of %d linears, which begin anew", len(unknown))
         replay_products(self.deepspeed.basic_optimizer)
 
     def _result(self, loss: float) -> StepResult:

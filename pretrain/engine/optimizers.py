@@ -1,5 +1,9 @@
-"""Where DeepSpeed's choice of optimizer needs a word of ours: Lion on a CPU, and which matrices Muon takes."""
+"""Where DeepSpeed's choice of optimizer needs a word of ours, and the optimizers that it does not have.
 
+The only file that loads bitsandbytes, which may be missing (`optimizer_rules.missing_package` says so beforehand).
+"""
+
+import importlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -7,20 +11,56 @@ import deepspeed
 import torch
 from deepspeed.ops.lion import DeepSpeedCPULion
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from pretrain.ds_config import optimizer_is_offloaded
+from pretrain.engine.adafactor import ShardedAdafactor
+from pretrain.engine.galore import GaLore
+from pretrain.engine.groups import Groups
+from pretrain.engine.layers import tied_names
+from pretrain.engine.matrix_optimizer import MatrixOptimizer, Spread
+from pretrain.optimizer_facts import LIGHT_PACKAGE, galore_params
 
 
-def client_optimizer(document: dict[str, Any], groups: list[dict[str, Any]], device: torch.device) -> Any:
+class CPULion(DeepSpeedCPULion):
+    """DeepSpeed's, less the second moments that it makes at the first step and never reads."""
+
+    def step(self, closure: Any = None) -> Any:
+        result = super().step(closure)
+        for state in self.state.values():
+            state.pop("exp_avg_sq", None)
+        return result
+
+
+def client_optimizer(
+    document: dict[str, Any], groups: list[dict[str, Any]], module: nn.Module, device: torch.device
+) -> Any:
     """An optimizer that DeepSpeed would not find by itself, or None.
 
-    Without offload it takes its CUDA kernel for Lion, also on a CPU; its CPU kernel does the same there.
+    Without offload it takes its CUDA kernel for Lion, also on a CPU; its CPU kernel does the same there.  Adafactor
+    of whole tensors is torch's, of ZeRO's partitions ours.
     """
-    optimizer = document["optimizer"]
-    if optimizer["type"].lower() == "lion" and device.type == "cpu" and not optimizer_is_offloaded(document):
-        return DeepSpeedCPULion(groups, **optimizer["params"])
+    kind, params = document["optimizer"]["type"], document["optimizer"]["params"]
+    if kind == "Lion" and (device.type == "cpu" or optimizer_is_offloaded(document)):
+        return CPULion(groups, **params)
+    if kind == "AdamW8bit":
+        return importlib.import_module(f"{LIGHT_PACKAGE}.optim").AdamW8bit(groups, **params)
+    if kind == "GaLore":
+        settings = galore_params(params)
+        hidden = hidden_matrices(module, embeddings=settings.embeddings)
+        projected = {id(parameter) for parameter in hidden}
+        return GaLore(groups, hidden=projected, **{**params, **settings._asdict()})
+    if kind == "Adafactor" and document["zero_optimization"]["stage"]:
+        return ShardedAdafactor(groups, **params)
     return None
+
+
+def tell_partitions(engine: DeepSpeedEngine, groups: Groups) -> None:
+    """An optimizer that looks at matrices hears that ZeRO has put partitions in their place."""
+    optimizer = engine.basic_optimizer
+    if isinstance(optimizer, MatrixOptimizer) and engine.zero_optimization():
+        optimizer.partitioned(Spread(groups.place.dp, groups.layout.dp, groups.dp))
 
 
 def set_flags(config: DeepSpeedConfig, module: nn.Module) -> None:
@@ -32,6 +72,18 @@ def set_flags(config: DeepSpeedConfig, module: nn.Module) -> None:
     for parameter in heads(module.named_parameters()):
         if hasattr(parameter, "use_muon"):
             parameter.use_muon = False  # type: ignore[attr-defined]
+
+
+def hidden_matrices(module: Any, *, embeddings: bool = False) -> list[nn.Parameter]:
+    """What is no vector, and neither embedding nor head unless ``embeddings``."""
+    outer = {id(parameter) for parameter in heads(module.named_parameters())}
+    tied = tied_names(module.plan)
+    return [
+        parameter
+        for name, parameter in module.named_parameters()
+        if parameter.dim() == 2
+        and (embeddings or not ("embed" in name or name in tied or id(parameter) in outer))
+    ]
 
 
 def heads(named: Iterable[tuple[str, nn.Parameter]]) -> Iterable[nn.Parameter]:

@@ -20,10 +20,11 @@ from model_providers.router import Router
 from pretrain.config import OptimizerConfig
 from pretrain.engine import experts, swapped_states
 from pretrain.engine.averaging import average, is_plain_average
+from pretrain.engine.eight_bits import EightBits
 from pretrain.engine.fillers import fill
 from pretrain.engine.groups import Groups
 from pretrain.engine.layers import tied_names
-from pretrain.engine.optimizers import client_optimizer, set_flags
+from pretrain.engine.optimizers import client_optimizer, set_flags, tell_partitions
 from pretrain.engine.quiet import without_stdout
 from pretrain.optim import parameter_groups
 
@@ -37,6 +38,7 @@ class StepControl(DeepSpeedEngine):
     tp_rank: int = 0
     routers: Sequence[Router] = ()
     routing_group: dist.ProcessGroup | None = None  # the ranks that route the tokens of this stage
+    eight_bits: EightBits
 
     @classmethod
     def around(
@@ -54,16 +56,23 @@ class StepControl(DeepSpeedEngine):
             engine = cls(
                 args=None,
                 model=module,
-                optimizer=client_optimizer(json, parameters, groups.device),
+                optimizer=client_optimizer(json, parameters, module, groups.device),
                 model_parameters=parameters,
                 mpu=mpu,
                 config=json,
                 config_class=config,
             )
+        tell_partitions(engine, groups)
         engine.model_group, engine.tp_rank = groups.model, groups.place.tp
         engine.routers, engine.routing_group = experts.routers(module), groups.experts.stage
         if swapped_states.are_swapped(engine):
             swapped_states.release_as_it_steps(engine)
+        engine.eight_bits = EightBits(
+            module,
+            groups.experts.stage,
+            groups.device,
+            keeps_copies=json["zero_optimization"]["stage"] < 3,
+        )
         engine.monitor.enabled = False  # records come from one writer, pretrain/monitor
         return engine
 
@@ -105,6 +114,7 @@ class StepControl(DeepSpeedEngine):
 
     def begin_step(self, num_micro_batches: int) -> None:
         """Before the first forward pass of an optimizer step."""
+        self.eight_bits.begin_passes()
         if self.routers:
             scale = self._get_optimizer_loss_scale() if self.fp16_enabled() else None
             experts.begin_step(
@@ -116,7 +126,9 @@ class StepControl(DeepSpeedEngine):
     def _take_model_step(self, lr_kwargs: Any) -> None:
         for look in self.before_step_callbacks:
             look()
+        self.eight_bits.end_passes()
         self._take_checked_step(lr_kwargs)
+        self.eight_bits.end_step(applied=self.was_step_applied())
         for router in self.routers:
             router.end_step(self.routing_group, applied=self.was_step_applied())
 

@@ -43,6 +43,16 @@ def measure(raw: dict[str, Any]) -> tuple[Found, RankMemory]:
         losses.CPU_CHUNK = chunk
 
 
+def measure_states(raw: dict[str, Any]) -> tuple[int, RankMemory]:
+    """Bytes of masters and of an optimizer's states after a step, and what the estimate says."""
+    with opened(raw) as here:
+        found = Found()
+        begin_step(here.run, here.engine, 0)
+        here.engine.train_step(here.feed.next_step())
+        _count_states(here, found)
+        return found.optimizer, rank_memory(scenario_of(here.run), here.groups.place.pp)
+
+
 def _measure(raw: dict[str, Any]) -> tuple[Found, RankMemory]:
     gc.collect()
     before = set(sizes(all_tensors()))

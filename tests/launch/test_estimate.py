@@ -1,6 +1,7 @@
 """`megaloom estimate` answers on any machine, and its advice is tried."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from model_providers.layout import Layout
 from model_providers.presets import get_preset
 from pretrain.config_io import make_run, run_with
 from pretrain.errors import RunError
+from pretrain.optimizer_facts import OptimizerChoice
 from tests.runs import tiny
 
 GIB = 2**30
@@ -102,9 +104,9 @@ def is_legal(scenario: Scenario, **facts: Any) -> bool:
 
 
 def test_what_is_advised_is_judged_by_the_rules_of_runs() -> None:
-    """Such as one that concerns the optimizer, of which a scenario knows nothing."""
+    """Such as one that concerns the optimizer."""
     split = Scenario(get_preset("llama3-8b"), Layout(tp=2, dp=4), 8192)
-    assert is_legal(split) and not is_legal(split, optimizer={"type": "Muon", "gradient_clipping": 0})
+    assert is_legal(split) and not is_legal(replace(split, optimizer=OptimizerChoice("muon")))
 
 
 def test_every_edit_keeps_the_samples_of_a_step_and_helps() -> None:
@@ -193,3 +195,22 @@ def test_words_about_time_are_judged(words: list[str], message: str) -> None:
     with pytest.raises(RunError) as refused:
         main(["--model", "llama3-8b", *words])
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "low", "high"),
+    [("AdamW", 8, 8), ("Lion", 4, 4), ("Muon", 4.4, 4.7), ("AdamW8bit", 2.03, 2.04), ("Adafactor", 0, 0.01)],
+)
+def test_an_optimizer_is_told_with_what_it_keeps(
+    capsys: pytest.CaptureFixture[str], kind: str, low: float, high: float
+) -> None:
+    words = ["--model", "llama3-8b", f"optimizer.type={kind}", "--json"]
+    main([*words, "deepspeed=zero2.json", "optimizer.gradient_clipping=0"])
+    found = json.loads(capsys.readouterr().out)["optimizer"]
+    assert found["type"] == kind and low <= found["state_bytes_per_parameter"] <= high
+
+
+def test_moments_in_8_bit_are_advised_where_they_are_enough(capsys: pytest.CaptureFixture[str]) -> None:
+    """Eight billion parameters in bf16 with fp32 sums: 18 bytes each, 12 with them."""
+    main(["--model", "llama3-8b", "--ranks", "1", "recompute=full", "--memory-gib", "116"])
+    assert "with optimizer.type=AdamW8bit: " in capsys.readouterr().out

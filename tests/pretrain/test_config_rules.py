@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pretrain import config_rules
+from pretrain import config_rules, optimizer_rules
 from pretrain.config_rules import device_faults
 from pretrain.errors import RunError
 from tests.runs import checked, tiny
@@ -287,9 +287,9 @@ CASES: tuple[tuple[str, int, dict[str, Any], dict[str, Any] | None, str], ...] =
     (
         "zero_knows_the_optimizer",
         1,
-        {"optimizer__type": "SGD"},
+        {"optimizer__type": "Rprop"},
         None,
-        r'optimizer\.type=SGD with zero_optimization\.stage=1: set "zero_allow_untested_optimizer": true',
+        r'Rprop with zero_optimization\.stage=1: nobody.*"zero_allow_untested_optimizer": true.*or use stage 0',
     ),
     (
         "offload_knows_the_optimizer",
@@ -299,11 +299,74 @@ CASES: tuple[tuple[str, int, dict[str, Any], dict[str, Any] | None, str], ...] =
         r"optimizer\.type=Muon with offload_optimizer: DeepSpeed has CPU kernels for Adam, AdamW",
     ),
     (
+        "light_parameters_are_known",
+        1,
+        {"optimizer": {"type": "GaLore", "params": {"rnak": 4}}},
+        None,
+        r"optimizer\.params\.rnak with optimizer\.type=GaLore: there are rank, update_gap, scale; did you mean 'rank'",
+    ),
+    (
+        "light_parameters_are_known",
+        1,
+        {"optimizer": {"type": "Adafactor", "params": {"eps": 1e-30}}},
+        None,
+        r"optimizer\.params\.eps=1e-30 with optimizer\.type=Adafactor: must be two numbers above 0",
+    ),
+    (
+        "rows_need_whole_rows",
+        2,
+        {"optimizer__type": "Adafactor", "layout__tp": 2},
+        None,
+        r"optimizer\.type=Adafactor with layout\.tp=2: .*use tp=1.*or AdamW8bit or Lion",
+    ),
+    (
+        "rows_need_whole_rows",
+        1,
+        {"optimizer__type": "GaLore", "model__moe": MOE},
+        None,
+        r"optimizer\.type=GaLore with model\.moe: .*use AdamW8bit or Lion",
+    ),
+    (
+        "rows_need_whole_rows",
+        2,
+        {"optimizer__type": "galore"},
+        {"zero_optimization": {"stage": 3}},
+        r"optimizer\.type=GaLore with zero_optimization\.stage=3: .*use stage 1 or 2",
+    ),
+    (
+        "light_partitions_lie_in_order",
+        2,
+        {"optimizer__type": "Adafactor"},
+        {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+        r"round_robin_gradients=True with optimizer\.type=Adafactor: not tried together; leave it out",
+    ),
+    (
+        "tied_copies_take_the_same_steps",
+        2,
+        {"optimizer__type": "AdamW8bit", "layout__pp": 2},
+        None,
+        r"AdamW8bit with layout\.pp=2.*stage=1 and model\.tie_embeddings=true: .*use model\.tie_embeddings=false",
+    ),
+    (
+        "tied_copies_take_the_same_steps",
+        4,
+        {"optimizer__type": "Adafactor", "layout__pp": 2},
+        None,
+        r"Adafactor with layout\.pp=2.*model\.tie_embeddings=true: .*in another order.*pp=1, or Lion",
+    ),
+    (
         "muon_needs_whole_matrices",
         2,
         {"optimizer__type": "Muon", "layout__tp": 2},
         None,
         r"optimizer\.type=Muon with layout\.tp=2.*use tp=1 and pp=1",
+    ),
+    (
+        "muon_has_no_bf16_sums_apart",
+        1,
+        {"optimizer__type": "Muon", "precision": "bf16"},
+        None,
+        r"optimizer\.type=Muon with precision\.dtype=bf16 and zero_optimization\.stage=1: .*use stage 2",
     ),
     (
         "muon_wants_whole_gradients",
@@ -559,3 +622,13 @@ def test_what_a_cpu_cannot_do_is_refused_there_only(corpus: str, out: Path) -> N
     assert len(device_faults(run, "cpu")) == 2
     assert "use precision.dtype=bf16 or fp32 here" in device_faults(run, "cpu")[0]
     assert device_faults(run, "cuda") == []
+
+
+def test_a_package_that_is_missing_is_told_with_the_command(
+    corpus: str, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = checked(tiny(corpus, out, optimizer__type="adamw8bit"), 1)
+    assert device_faults(run, "cpu") == []
+    monkeypatch.setattr(optimizer_rules, "find_spec", lambda name: None)
+    (fault,) = device_faults(run, "cpu")
+    assert "bitsandbytes is not installed here: pip install 'megaloom[light]'; or use AdamW or Lion" in fault

@@ -27,6 +27,9 @@ from tests.runs import tiny
 from tests.thorough import cells
 
 DROPOUT = {"model__hidden_dropout": 0.1, "model__attention_dropout": 0.1}
+DELAYED = {"recipe": "delayed", "amax_history": 4}
+# The stop falls between two renewals of the bases.
+GALORE = {"type": "GaLore", "lr": 4e-3, "gradient_clipping": 0.5, "params": {"rank": 16, "update_gap": 3}}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one-zero0": (1, {"deepspeed": "zero0.json"}),
     "dp2-zero1-bf16": (2, {"deepspeed": "zero1.json", "precision": "bf16"}),
@@ -38,13 +41,27 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2-zero0": (2, {"layout": {"pp": 2}, "deepspeed": "zero0.json"}),
     "pp2-dp2-bf16": (4, {"layout": {"pp": 2}, "deepspeed": "pipeline.json", "precision": "bf16"}),
     "dp2-zero2-cpu": (2, {"deepspeed": "zero2_cpu_offload.json"}),
+    "pp2-fp8": (
+        2,
+        {"layout": {"pp": 2}, "deepspeed": "pipeline.json", "precision": "bf16", "fp8": DELAYED},
+    ),
+    "dp2-zero3-fp8": (2, {"deepspeed": "zero3.json", "fp8": DELAYED}),
     "dp2-lion": (2, {"optimizer__type": "Lion", "optimizer__lr": 1e-4}),
+    "dp2-muon": (2, {"optimizer": {"type": "Muon", "lr": 5e-3, "gradient_clipping": 0.0}}),
+    "one-adamw8bit-zero0": (1, {"optimizer__type": "AdamW8bit", "deepspeed": "zero0.json"}),
+    "dp2-adamw8bit-bf16": (2, {"optimizer__type": "AdamW8bit", "precision": "bf16"}),
+    "dp2-adamw8bit-zero3": (2, {"optimizer__type": "AdamW8bit", "deepspeed": "zero3.json"}),
+    "one-adafactor-zero0": (1, {"optimizer__type": "Adafactor", "deepspeed": "zero0.json"}),
+    "dp2-adafactor-bf16": (2, {"optimizer__type": "Adafactor", "optimizer__lr": 1e-2, "precision": "bf16"}),
+    "dp2-galore-zero2": (2, {"optimizer": GALORE, "deepspeed": "zero2.json"}),
+    "pp2-dp2-galore-bf16": (4, {"optimizer": GALORE, "layout": {"pp": 2}, "precision": "bf16"}),
 }
 
 
 # DeepSpeed leaves tensors below 1 MB in memory: here matrices go to the disk, and norms do not.
 LARGE_ENOUGH = {"model__hidden_size": 512, "model__ffn_hidden_size": 1024, "model__num_layers": 2}
-RARE = ("dp2-zero3-bf16", "pp2-zero0", "dp2-zero2-cpu", "dp2-lion", "tp2+sp")
+RARE = ("dp2-zero3-fp8", "dp2-zero3-bf16", "pp2-zero0", "dp2-zero2-cpu", "dp2-lion", "dp2-muon", "tp2+sp")
+RARE += ("one-adamw8bit-zero0", "dp2-adamw8bit-zero3", "one-adafactor-zero0", "pp2-dp2-galore-bf16")
 
 
 def train(raw: dict[str, Any], stop_after: int | None = None) -> tuple[list[float], list[float], Tensors]:

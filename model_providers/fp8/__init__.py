@@ -1,0 +1,1 @@
+"""Eight bits (and four) for the products of linear layers: recipes, scales, and a module that follows them."""

@@ -1,0 +1,39 @@
+"""Which products run in eight bits, by which recipe: facts, without torch.
+
+Recipes have the names that Transformer Engine and megatron-core use where they have one.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from model_providers.moe_config import Facts
+
+Recipe = Literal["delayed", "current", "blockwise", "mxfp8", "nvfp4"]
+RECIPES: tuple[Recipe, ...] = ("delayed", "current", "blockwise", "mxfp8", "nvfp4")
+BACKENDS = ("auto", "te", "torch")
+# What blocks of numbers share a scale: rows of inputs and gradients, squares of weights, in elements.
+BLOCKS = {"blockwise": 128, "mxfp8": 32, "nvfp4": 16}
+
+
+class Fp8Config(Facts):
+    """Linear layers of blocks in FP8; norms, attention's core, routers, embeddings and heads stay as they are."""
+
+    recipe: Recipe = Field(
+        description="delayed: scales from past steps; current: from the tensor itself; blockwise: 1x128 and 128x128; "
+        "mxfp8: 1x32; nvfp4: four bits, an experiment"
+    )
+    backend: Literal["auto", "te", "torch"] = Field(
+        "auto",
+        description="te: Transformer Engine's layers; torch: ours, on any device; auto: te where it can",
+    )
+    bf16_first: int = Field(1, ge=0, description="blocks at the bottom that stay in the run's own format")
+    bf16_last: int = Field(1, ge=0, description="blocks at the top that stay in the run's own format")
+    start_step: int = Field(0, ge=0, description="optimizer steps before the first one in FP8")
+    amax_history: int = Field(1024, ge=1, description="delayed: steps whose largest value counts")
+    margin: int = Field(0, ge=0, description="delayed, current: powers of two that are left free above it")
+    experiment: bool = Field(False, description="nvfp4 is asked for knowing that no hardware here runs it")
+
+    def is_fp8_block(self, index: int, num_blocks: int) -> bool:
+        """Whether block ``index`` of a stack of ``num_blocks`` runs in FP8."""
+        return self.bf16_first <= index < num_blocks - self.bf16_last

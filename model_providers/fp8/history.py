@@ -1,0 +1,54 @@
+"""Delayed scaling: a scale from the largest values of past steps, so that no tensor is read before it is quantised.
+
+As Transformer Engine's DelayedScaling (transformer_engine/common/recipe/__init__.py) with the most recent window's
+maximum, but for one thing: a window counts optimizer steps, not micro-batches, and its values are those of all ranks
+that hold the layer.  So scales do not depend on how a batch is divided, and a recomputed forward pass meets the scale
+of the first one.
+"""
+
+import torch
+
+INPUT, GRADIENT = 0, 1  # columns
+
+
+class AmaxHistory:
+    """Of one linear: the largest input and the largest gradient of its output, by optimizer step."""
+
+    def __init__(self, length: int):
+        self.largest = torch.zeros(length, 2)  # fp32, by step modulo length
+        self.num_steps = 0  # that are in it
+        self.seen = torch.zeros(2)  # in the step at hand
+
+    def note(self, which: int, magnitude: torch.Tensor) -> None:
+        """A value of this step: counts from the next step on."""
+        if self.seen.device != magnitude.device:
+            self.seen = self.seen.to(magnitude.device)
+        self.seen[which] = torch.maximum(self.seen[which], magnitude)
+
+    def magnitude(self, which: int) -> torch.Tensor | None:
+        """The largest of the past steps, fp32 []; None before the first step has ended."""
+        return self.largest[:, which].max() if self.num_steps else None
+
+    def roll(self, seen: torch.Tensor | None) -> None:
+        """The step has ended, with ``seen`` [2] over all ranks; None: it was not applied and does not count."""
+        if seen is not None:
+            if self.largest.device != seen.device:
+                self.largest = self.largest.to(seen.device)
+            self.largest[self.num_steps % len(self.largest)] = seen
+            self.num_steps += 1
+        self.seen = torch.zeros_like(self.seen)
+
+    def state(self) -> dict[str, object]:
+        return {"largest": self.largest.cpu(), "num_steps": self.num_steps}
+
+    def restore(self, state: dict[str, object], device: torch.device) -> None:
+        """Of a run whose window may have had another length: then the newest values are taken over."""
+        largest, num_steps = state["largest"], state["num_steps"]
+        assert isinstance(largest, torch.Tensor) and isinstance(num_steps, int)
+        if len(largest) != len(self.largest):
+            order = [step % len(largest) for step in range(max(0, num_steps - len(largest)), num_steps)]
+            newest = largest[order][-len(self.largest) :]
+            num_steps = len(newest)
+            largest = torch.zeros(len(self.largest), 2)
+            largest[:num_steps] = newest
+        self.largest, self.num_steps = largest.to(device), num_steps

@@ -1,0 +1,77 @@
+"""A matrix in eight bits with its scales, made from one in full precision.
+
+One unit for the whole matrix (delayed and current scaling), or a scale for each block: 1x128 and 128x128 as in
+DeepSeek-V3 (arXiv:2412.19437, section 3.3.2), 1x32 with a power of two as in MXFP8 (OCP Microscaling Formats 1.0,
+section 5; rounded up, so that nothing is clipped: Mishra et al. 2025, arXiv:2506.08027).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from model_providers.fp8.formats import Format, cast, unit_of
+
+
+class Quantised(NamedTuple):
+    """[m k]: an element is payload x its block's scale x unit."""
+
+    payload: torch.Tensor  # [m k], eight bits
+    unit: torch.Tensor  # [], fp32
+    scales: torch.Tensor | None = None  # [m/r k/c] rounded up, fp32: of each block of r x c
+    block: tuple[int, int] | None = None
+
+    def values(self, dtype: torch.dtype) -> torch.Tensor:
+        """[m k], but for the unit; exact in bf16 too, whose exponents reach as far as fp32's."""
+        wide = self.payload.to(dtype)
+        if self.scales is None:
+            return wide
+        assert self.block is not None
+        return wide.mul_(spread(self.scales.to(dtype), self.block, wide.shape))
+
+    def transposed(self) -> "Quantised":
+        """[k m], laid out anew."""
+        scales = None if self.scales is None else self.scales.t()
+        block = None if self.block is None else (self.block[1], self.block[0])
+        return Quantised(self.payload.t().contiguous(), self.unit, scales, block)
+
+
+class Sides(NamedTuple):
+    """One matrix [m k] as the two products need it: summed over its columns' index, and over its rows'."""
+
+    rows: Quantised  # [m k]
+    columns: Quantised | None  # [k m]
+
+
+def quantise_whole(x: torch.Tensor, form: Format, unit: torch.Tensor) -> Quantised:
+    """[m k] with one unit, []."""
+    return Quantised(cast(x.float() / unit, form), unit)
+
+
+def quantise_blocks(x: torch.Tensor, form: Format, block: tuple[int, int]) -> Quantised:
+    """[m k] with a power of two for each block; those at the edges may be smaller."""
+    blocks = in_blocks(x.float(), block)  # [m/r r k/c c]
+    scales = unit_of(blocks.abs().amax(dim=(1, 3)), form.largest)  # [m/r k/c]
+    payload = cast(blocks / scales[:, None, :, None], form)
+    return Quantised(out_of_blocks(payload, x.shape), x.new_ones((), dtype=torch.float32), scales, block)
+
+
+def in_blocks(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """[m k] -> [m/r r k/c c], filled up with zeros"""
+    r, c = block
+    m, k = x.shape
+    if m % r or k % c:
+        x = F.pad(x, (0, -k % c, 0, -m % r))
+    return x.view(-(-m // r), r, -(-k // c), c)
+
+
+def out_of_blocks(blocks: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """[m/r r k/c c] -> [m k]"""
+    whole = blocks.flatten(2, 3).flatten(0, 1)
+    return whole if whole.shape == shape else whole[: shape[0], : shape[1]].contiguous()
+
+
+def spread(scales: torch.Tensor, block: tuple[int, int], shape: torch.Size) -> torch.Tensor:
+    """[m/r k/c] -> [m k]"""
+    tall = scales if block[0] == 1 else scales.repeat_interleave(block[0], dim=0)[: shape[0]]
+    return tall.repeat_interleave(block[1], dim=1)[:, : shape[1]]

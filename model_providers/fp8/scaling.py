@@ -1,0 +1,129 @@
+"""One linear's operands in eight bits, by its recipe: which blocks share a scale, and where the scale comes from.
+
+Inputs and weights are E4M3.  Gradients of outputs are E5M2 under per-tensor scaling (Micikevicius et al. 2022,
+arXiv:2209.05433, section 3.1) and E4M3 under finer blocks (DeepSeek-V3, arXiv:2412.19437, section 3.3.2).  An operand
+that is cut over tensor ranks has one scale over all of them, so that every layout rounds alike.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from model_providers.fp8 import copies
+from model_providers.fp8.config import BLOCKS, Fp8Config
+from model_providers.fp8.formats import E4M3, E5M2, Format, largest_magnitude, unit_of
+from model_providers.fp8.history import GRADIENT, INPUT, AmaxHistory
+from model_providers.fp8.nvfp4 import quantise_nvfp4, rotate, unit_of_whole
+from model_providers.fp8.quantised import Quantised, Sides, quantise_blocks, quantise_whole
+from model_providers.random_streams import generator_here
+
+Operand = Literal["input", "weight", "gradient"]
+Look = Callable[[Operand, torch.Tensor, Quantised], None]
+
+
+class Scaling:
+    """Of one linear.  ``cut``: the operands of which a tensor rank holds a share, never mind the sequence's."""
+
+    def __init__(self, facts: Fp8Config, group: Any, *, cut: frozenset[Operand]):
+        self.facts, self.name = facts, ""  # the whole model's name of the linear, once it is built
+        self.has_begun, self.is_barred = True, False  # its first step has come; a guard took it out
+        self.look: Look | None = None  # sees every operand, while someone watches
+        self.history = AmaxHistory(facts.amax_history) if facts.recipe == "delayed" else None
+        self._group, self._cut = group, cut
+        self._copy: tuple[int, Sides] | None = None
+
+    @property
+    def is_on(self) -> bool:
+        return self.has_begun and not self.is_barred
+
+    def input(self, x: torch.Tensor, *, both: bool, is_trained: bool) -> Sides:
+        """[t k] -> rows [t k], and for the weight's gradient columns [k t]; past scales learn from training only."""
+        if self.history is not None and is_trained:
+            self.history.note(INPUT, largest_magnitude(x))
+        return self._quantise("input", x, both=both)
+
+    def gradient(self, grad: torch.Tensor, *, both: bool) -> Sides:
+        """[t n] -> rows [t n], columns [n t]"""
+        if self.history is not None:
+            self.history.note(GRADIENT, largest_magnitude(grad))
+        return self._quantise("gradient", grad, both=both)
+
+    def weight(self, weight: torch.Tensor) -> Sides:
+        """[n k] -> rows [n k], columns [k n]; kept for the rest of the step."""
+        step = copies.current()
+        if step is not None and self._copy is not None and self._copy[0] == step:
+            return self._copy[1]
+        sides = self._quantise("weight", weight.detach(), both=True)
+        self._copy = None if step is None else (step, sides)
+        return sides
+
+    def let_go(self) -> None:
+        """Of the copy, whose weight changes."""
+        self._copy = None
+
+    def _quantise(self, operand: Operand, x: torch.Tensor, *, both: bool) -> Sides:
+        recipe = self.facts.recipe
+        if recipe in ("delayed", "current"):
+            sides = self._by_tensor(operand, x, both=both)
+        elif recipe == "nvfp4":
+            sides = self._four_bits(operand, x, both=both)
+        else:
+            sides = self._by_block(operand, x, both=both)
+        if self.look is not None:
+            self.look(operand, x, sides.rows)
+        return sides
+
+    def _by_tensor(self, operand: Operand, x: torch.Tensor, *, both: bool) -> Sides:
+        form: Format = E5M2 if operand == "gradient" else E4M3
+        rows = quantise_whole(x, form, self._unit(operand, x, form))
+        return Sides(rows, rows.transposed() if both else None)
+
+    def _unit(self, operand: Operand, x: torch.Tensor, form: Format) -> torch.Tensor:
+        """A weight's own magnitude is known when its copy is made, so it is never a past one."""
+        known = None
+        if self.history is not None and operand != "weight":
+            known = self.history.magnitude(INPUT if operand == "input" else GRADIENT)
+        if known is None:
+            known = self._over_ranks(operand, largest_magnitude(x))
+        return unit_of(known, form.largest, margin=self.facts.margin)
+
+    def _by_block(self, operand: Operand, x: torch.Tensor, *, both: bool) -> Sides:
+        size = BLOCKS[self.facts.recipe]
+        if operand == "weight" and self.facts.recipe == "blockwise":
+            rows = quantise_blocks(x, E4M3, (size, size))
+            return Sides(rows, rows.transposed())
+        columns = quantise_blocks(x.t(), E4M3, (1, size)) if both else None
+        return Sides(quantise_blocks(x, E4M3, (1, size)), columns)
+
+    def _four_bits(self, operand: Operand, x: torch.Tensor, *, both: bool) -> Sides:
+        unit = unit_of_whole(self._over_ranks(operand, largest_magnitude(x)))
+        size = BLOCKS[self.facts.recipe]
+        if operand == "weight":
+            rows = quantise_nvfp4(x, unit, (size, size))
+            return Sides(rows, rows.transposed())
+        chance = generator_here(self.name, x.device) if operand == "gradient" else None
+        rows = quantise_nvfp4(x, unit, (1, size), chance)
+        if not both:
+            return Sides(rows, None)
+        turned = rotate(x.t())
+        turned_unit = unit_of_whole(self._over_ranks(operand, largest_magnitude(turned)))
+        return Sides(rows, quantise_nvfp4(turned, turned_unit, (1, size), chance))
+
+    def _over_ranks(self, operand: Operand, magnitude: torch.Tensor) -> torch.Tensor:
+        is_alone = self._group is None or self._group.size() == 1  # None: torch.distributed is not in use
+        if operand in self._cut and not is_alone:
+            magnitude = magnitude.clone()
+            dist.all_reduce(magnitude, op=dist.ReduceOp.MAX, group=self._group)
+        return magnitude
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must remember beside weights."""
+        history = {} if self.history is None else {"history": self.history.state()}
+        return {"is_barred": self.is_barred, **history}
+
+    def restore(self, state: dict[str, Any], device: torch.device) -> None:
+        self.is_barred = bool(state["is_barred"])
+        if self.history is not None and "history" in state:
+            self.history.restore(state["history"], device)

@@ -1,0 +1,70 @@
+"""The eight-bit linears of a rank, as the engine and the loop see them: steps, states, and who runs in which format."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from model_providers.fp8 import copies
+from model_providers.fp8.linears import scalings
+from model_providers.fp8.scaling import Scaling
+
+
+class EightBits:
+    """All linears of ``module`` that follow a recipe; empty where there is no FP8.
+
+    ``group``: the ranks that hold the same layers, tensor and data parallel.  ``keeps_copies``: not under ZeRO-3, where
+    a whole weight is there for a moment only.
+    """
+
+    def __init__(self, module: nn.Module, group: Any, device: torch.device, *, keeps_copies: bool):
+        self.scalings: Sequence[Scaling] = tuple(scalings(module))
+        self._group, self._device, self._keeps_copies = group, device, keeps_copies
+
+    def begin(self, step: int) -> None:
+        """Before optimizer step ``step`` (0 is the first ever): those whose time has come."""
+        for scaling in self.scalings:
+            scaling.has_begun = step >= scaling.facts.start_step
+
+    def begin_passes(self) -> None:
+        """Before the first forward pass of a step."""
+        if self.scalings and self._keeps_copies:
+            copies.begin_step()
+
+    def end_passes(self) -> None:
+        """After the last backward pass, before the weights change."""
+        copies.end_step()
+        for scaling in self.scalings:
+            scaling.let_go()
+
+    def end_step(self, *, applied: bool) -> None:
+        """Past scales learn what this step saw on all ranks that hold the layer; every rank calls it."""
+        histories = [scaling.history for scaling in self.scalings if scaling.history is not None]
+        if not histories:
+            return
+        seen = torch.stack([history.seen.to(self._device) for history in histories])  # [linears 2]
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=self._group)
+        for history, row in zip(histories, seen, strict=True):
+            history.roll(row if applied else None)
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """What a checkpoint must remember, by the linears' names."""
+        return {scaling.name: scaling.state() for scaling in self.scalings}
+
+    def restore(self, state: dict[str, dict[str, Any]]) -> list[str]:
+        """Returns the names of those of which nothing is known: they begin anew."""
+        unknown = []
+        for scaling in self.scalings:
+            if scaling.name in state:
+                scaling.restore(state[scaling.name], self._device)
+            else:
+                unknown.append(scaling.name)
+        return unknown
+
+    def bar(self, names: Iterable[str]) -> None:
+        """From now on these run in the format of the rest of the model, for good."""
+        wanted = set(names)
+        for scaling in self.scalings:
+            scaling.is_barred = scaling.is_barred or scaling.name in wanted

@@ -1,0 +1,107 @@
+"""What goes with FP8: rules of `config_rules`, kept apart for their subject."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from model_providers.config import ModelConfig
+from model_providers.fp8.config import BLOCKS
+from model_providers.layout import Layout
+from pretrain.optimizer_rules import Rule
+
+if TYPE_CHECKING:  # Run holds what the rules look at; config_io imports this module
+    from pretrain.config_io import Run
+
+SPLIT_BACKWARD = ("zb-h1", "zb-v", "interleaved-zb")
+
+
+def fp8_has_a_wide_format_beside_it(run: "Run") -> str | None:
+    fp8, dtype = run.config.fp8, run.config.precision.dtype
+    if fp8 is not None and dtype == "fp16":
+        return (
+            f"fp8.recipe={fp8.recipe} with precision.dtype=fp16: fp16's loss scale and FP8's own scales would pull "
+            "against each other; use precision.dtype=bf16"
+        )
+    return None
+
+
+def four_bits_are_an_experiment(run: "Run") -> str | None:
+    fp8 = run.config.fp8
+    if fp8 is not None and fp8.recipe == "nvfp4" and fp8.backend != "te" and not fp8.experiment:
+        return (
+            "fp8.recipe=nvfp4: four bits are emulated here, slower than bf16 and as much memory; set "
+            "fp8.experiment=true to try what they do to a loss, or use mxfp8"
+        )
+    return None
+
+
+def some_blocks_are_fp8(run: "Run") -> str | None:
+    fp8, model = run.config.fp8, run.config.model
+    if fp8 is None:
+        return None
+    depths = [model.num_layers, *([model.t5.num_encoder_layers] if model.t5 is not None else [])]
+    if any(fp8.is_fp8_block(index, depth) for depth in depths for index in range(depth)):
+        return None
+    return (
+        f"fp8.bf16_first={fp8.bf16_first}, fp8.bf16_last={fp8.bf16_last} with {max(depths)} blocks: none is left for "
+        f"FP8; use less, such as fp8.bf16_first=0 fp8.bf16_last=0"
+    )
+
+
+def options_belong_to_the_recipe(run: "Run") -> str | None:
+    fp8 = run.config.fp8
+    if fp8 is None:
+        return None
+    users = {"amax_history": ("delayed",), "margin": ("delayed", "current"), "experiment": ("nvfp4",)}
+    for name, recipes in users.items():
+        if name in fp8.model_fields_set and fp8.recipe not in recipes and getattr(fp8, name):
+            return (
+                f"fp8.{name}={getattr(fp8, name)} with fp8.recipe={fp8.recipe}: it belongs to "
+                f"{' and '.join(recipes)}; leave it out"
+            )
+    return None
+
+
+def fp8_backend_goes_with_kernels(run: "Run") -> str | None:
+    fp8, kernels, schedule = run.config.fp8, run.config.kernels, run.config.layout.schedule
+    if fp8 is None or fp8.backend != "te":
+        return None
+    if kernels == "torch":
+        return "fp8.backend=te with kernels=torch: its FP8 is that of its own layers; use kernels=te or auto"
+    if schedule in SPLIT_BACKWARD:
+        return (
+            f"fp8.backend=te with layout.schedule={schedule}: Transformer Engine's linears compute their weights' "
+            "gradients at once, so nothing is left for the bubble; use fp8.backend=torch, or 1f1b or interleaved"
+        )
+    return None
+
+
+def blocks_are_not_cut_by_tp(run: "Run") -> str | None:
+    """A scale's block that lies on two tensor ranks would be two blocks, and the layout would change the numbers."""
+    fp8, layout = run.config.fp8, run.layout
+    if fp8 is None or layout.tp == 1 or fp8.recipe not in BLOCKS:
+        return None
+    size = BLOCKS[fp8.recipe]
+    for name, width in shared_widths(run.config.model, layout):
+        if width % size:
+            return (
+                f"fp8.recipe={fp8.recipe} with layout.tp={layout.tp}: a rank's share of {name} is {width} wide, no "
+                f"multiple of the {size} numbers that share a scale; use a smaller tp, or fp8.recipe=current"
+            )
+    return None
+
+
+def shared_widths(model: ModelConfig, layout: Layout) -> Iterator[tuple[str, int]]:
+    """What tp cuts of the linears of a block, elements on each rank."""
+    yield "the attention's projection", (model.query_width + 2 * model.kv_width) // layout.tp
+    yield "the attention's output", model.query_width // layout.tp
+    yield "the MLP", model.ffn_width // layout.tp
+
+
+FP8_RULES: tuple[Rule, ...] = (
+    fp8_has_a_wide_format_beside_it,
+    four_bits_are_an_experiment,
+    some_blocks_are_fp8,
+    options_belong_to_the_recipe,
+    fp8_backend_goes_with_kernels,
+    blocks_are_not_cut_by_tp,
+)
