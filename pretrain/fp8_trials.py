@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -74,19 +75,19 @@ class Subject:
     micro_batches: Sequence[MicroBatch]
     earlier: Sequence[MicroBatch]  # other samples, from which past scales are learnt
 
-    @property
+    @cached_property
     def linears(self) -> list[Fp8Linear]:
         return [
             part for layer in self.trained.layers for part in layer.modules() if isinstance(part, Fp8Linear)
         ]
 
-    @property
+    @cached_property
     def parameters(self) -> list[torch.nn.Parameter]:
         """Each once, tied or not."""
         every = (parameter for layer in self.trained.layers for parameter in layer.parameters())
         return list(dict.fromkeys(every))
 
-    @property
+    @cached_property
     def depths(self) -> dict[str, int]:
         """Blocks of each stack."""
         places = [block_of(part.scaling.name) for part in self.linears]

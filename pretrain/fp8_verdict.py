@@ -17,6 +17,7 @@ SAFE_GAP = 0.0025
 SAFE_COSINE = 0.99
 WORST = 10  # operands that are told
 MANY_CLIPPED, MANY_ZERO = 0.01, 0.5  # as the guard has it, fp8.guard
+SCOPE = "This is about these weights: what small errors add up to in training, fp8.watch_every and shadow_every tell."
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def worst_of(linears: Mapping[str, Mapping[Operand, Facts]]) -> list[Loss]:
 
 
 def verdict(report: Report) -> list[str]:
-    return [_of_recipes(report), _of_blocks(report), *_of_linears(report), *_of_bits(report)]
+    return [_of_recipes(report), _of_blocks(report), *_of_linears(report), *_of_bits(report), SCOPE]
 
 
 def _of_recipes(report: Report) -> str:
@@ -120,7 +121,7 @@ def _of_bits(report: Report) -> Iterable[str]:
         if exponent == 8 and is_safe(outcome)
     ]
     if passed:
-        yield f"Of mantissa bits {min(passed)} are enough here, with exponents of 8 bits."
+        yield f"Mantissa bits that are enough here, with exponents of 8 bits: {min(passed)}."
     else:
         yield "No number of mantissa bits from 7 down is enough here."
 

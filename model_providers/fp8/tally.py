@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from model_providers.fp8.formats import E4M3, E5M2
+from model_providers.fp8.formats import E4M3, E5M2, largest_magnitude
 from model_providers.fp8.quantised import Quantised, spread
 from model_providers.fp8.scaling import Operand, Scaling
 
@@ -53,7 +53,7 @@ class Tally:
         row, copies = OPERANDS.index(operand), self.scaling.num_copies(operand)
         self.sums[row] += counts(x, rows, edge_of(self.scaling, rows)) / copies
         units = rows.unit if rows.scales is None else rows.unit * rows.scales.max()
-        seen = torch.stack((x.abs().max().float() if x.numel() else rows.unit * 0, units))
+        seen = torch.stack((largest_magnitude(x), units))
         self.peaks[row] = torch.maximum(
             self.peaks[row], torch.nan_to_num(seen, nan=torch.inf, posinf=torch.inf)
         )
@@ -64,15 +64,27 @@ def edge_of(scaling: Scaling, rows: Quantised) -> float:
 
 
 def counts(x: torch.Tensor, rows: Quantised, edge: float) -> torch.Tensor:
-    """[m k] -> [6], in the order of ``SUMS``; a number that is not finite counts as clipped."""
-    wide, size = x.float(), x.float().abs()
-    units = rows.unit if rows.scales is None else rows.unit * spread(rows.scales, block(rows), x.shape)
-    is_zero = (rows.payload.view(torch.uint8) & 0x7F) == 0
-    is_clipped = ~(size <= edge * units) & ~is_zero
-    is_there = size > 0
-    lost = wide - rows.values(torch.float32) * rows.unit
-    found = (is_there | ~is_there, is_there, is_clipped, is_there & is_zero, wide.square(), lost.square())
-    return torch.stack([part.sum(dtype=torch.float64) for part in found])
+    """[m k] -> [6], fp64 in the order of ``SUMS``; a number that is not finite counts as clipped."""
+    wide = x.float()
+    numbers, there = torch.full((), x.numel(), device=x.device), torch.count_nonzero(wide)
+    left = torch.count_nonzero(rows.payload.view(torch.uint8) & 0x7F)
+    inside = torch.count_nonzero(wide.abs() <= limits(rows, edge, x.shape))
+    lost = rows.values(torch.float32).mul_(rows.unit).sub_(wide)
+    found = (numbers, there, numbers - inside, (there - left).clamp(min=0), square(wide), square(lost))
+    return torch.stack([part.double() for part in found])
+
+
+def limits(rows: Quantised, edge: float, shape: torch.Size) -> torch.Tensor:
+    """[] or [m k]: what is larger was clipped; a block whose scale is zero has lost all, and clipped none."""
+    if rows.scales is None:
+        return rows.unit * edge
+    units = rows.unit * rows.scales
+    return spread(torch.where(units == 0, torch.inf, units * edge), block(rows), shape)
+
+
+def square(x: torch.Tensor) -> torch.Tensor:
+    """Of the norm, over rows that are summed in fp32."""
+    return torch.linalg.vector_norm(x, dim=-1).double().square().sum()
 
 
 def block(rows: Quantised) -> tuple[int, int]:

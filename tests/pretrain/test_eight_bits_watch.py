@@ -1,5 +1,6 @@
 """What FP8 loses is told alike in every layout; a guard's decision is every rank's, and a resumed run keeps it."""
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,17 @@ TP_SP = {"layout": {"tp": 2, "sequence_parallel": True}}
 PP = {"layout": {"pp": 2}, "deepspeed": "pipeline.json"}
 ZB_V = {"layout": {"pp": 2, "schedule": "zb-v", "chunks": 2}, "deepspeed": "pipeline.json"}
 ZERO_3 = {"deepspeed": "zero3.json", "recompute": "full"}
+
+
+class Lines(logging.Handler):
+    """What the guard says, on this rank."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
 
 
 class Memory:
@@ -102,12 +114,21 @@ def go(raw: dict[str, Any], what: str = "", steps: int | None = None) -> dict[st
         )
         if steps is not None:
             object.__setattr__(here.run.config.train, "steps", steps)
+        lines, log = Lines(), logging.getLogger("pretrain.monitor.eight_bits_watch")
+        log.addHandler(lines)
         try:
             loop.train(first)
         finally:
+            log.removeHandler(lines)
             feed.close()
         line = dict(banner.facts(here.run, here.engine, resumed=None, barred=at_start))["fp8"]
-        return {"values": memory.values, "barred": watch.barred, "at_start": at_start, "banner": line}
+        return {
+            "values": memory.values,
+            "barred": watch.barred,
+            "at_start": at_start,
+            "banner": line,
+            "lines": lines.said,
+        }
 
 
 def raw_run(corpus: str, out: Path, steps: int, fp8: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -182,6 +203,9 @@ def test_a_linear_that_overflows_goes_back_on_every_rank_and_stays_when_the_run_
     told = [values["fp8/barred"] for values in through[0]["values"]]
     assert told == [0, 0, 1, 1, 1], "steps 2 and 3 overflow: the first has no past"
     assert f"fp8/{VICTIM}/input/amax" not in through[0]["values"][3]
+    (line,) = through[0]["lines"]
+    assert line.startswith(f"step 3: {VICTIM} goes back to fp32 for good: ") and through[1]["lines"] == []
+    assert line.endswith("% of its input are clipped (fp8.guard.overflow=0.01), on 2 watched steps in a row")
     stopped = raw_run(corpus, tmp_path / "stopped", 5, fp8, **changes)
     first = ranks.run(go, 2, stopped, "grow", 2)[0]  # between the first strike and the second
     second = ranks.run(go, 2, stopped, "grow", 4)[0]
@@ -214,6 +238,10 @@ def test_a_nan_that_only_fp8_makes_takes_the_run_back_and_costs_no_step(
     assert all(math.isfinite(loss) for loss in losses(wanted))
     assert results[0]["barred"] == results[1]["barred"] and len(results[0]["barred"]) == 8
     assert [values["fp8/barred"] for values in results[0]["values"]] == [0, 0, 8, 8, 8]
+    (line,) = results[0]["lines"]
+    assert line.startswith(
+        "step 3: loss nan, gradient norm nan with FP8, and finite numbers without it: the run goes"
+    )
     again = ranks.run(go, 2, raw_run(corpus, tmp_path / "nan", 6, fp8, **more))[0]
     assert len(again["at_start"]) == 8 and "and 4 more" in again["banner"]
 
@@ -250,6 +278,7 @@ def test_a_gap_takes_the_run_back_and_a_look_changes_nothing(
     results = ranks.run(go, 2, strict)
     assert [values["fp8/barred"] for values in results[0]["values"]] == [0, 8, 8, 8]
     assert results[0]["barred"] == results[1]["barred"] and "fp8/gap" not in results[0]["values"][3]
+    assert "by more than fp8.guard.gap=1e-12: the run goes back to fp32 for good" in results[0]["lines"][0]
     assert losses(results[0])[:2] == losses(plain)[:2] and losses(results[0])[3] != losses(plain)[3]
 
 
