@@ -8,16 +8,24 @@ from typing import Any
 import pytest
 import torch
 
+from data_tools.training_data import open_data
 from launch.__main__ import main as megaloom
 from launch.fp8_report import main
+from model_providers.building import solo_groups
+from model_providers.families import build_plan
+from model_providers.layout import TensorPlace
+from pretrain.checkpoint import store
+from pretrain.checkpoint.weights import state_of, write_layer
+from pretrain.config_io import Run
+from pretrain.engine.layers import tied_names
 from pretrain.errors import RunError
 from pretrain.fp8_report import SWEEP, examine, page
 from pretrain.fp8_trials import Blocks, Outcome, Subject, apart
 from pretrain.fp8_verdict import Report, choose, is_safe, verdict
 from pretrain.generate import load_trained
+from pretrain.run_file import to_yaml
 from pretrain.scoring import held_out_sets, score
-from tests.pretrain.test_resume import eight, train
-from tests.ranks import RankPool
+from tests.runs import checked, tiny
 
 CPU = torch.device("cpu")
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -39,15 +47,35 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def runs(ranks: RankPool, corpus: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run of each family, trained for a step."""
+def runs(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run of each family, with a checkpoint of its initial weights."""
     out = tmp_path_factory.mktemp("runs")
     for family, changes in FAMILIES.items():
-        ranks.run(train, 1, eight(corpus, out, name=family, **changes), 1)
+        write_initial(checked(tiny(corpus, out, name=family, **changes), 1))
     return {family: out / family for family in FAMILIES}
 
 
-@pytest.mark.ranks
+def write_initial(run: Run) -> None:
+    """What a run would save before its first step, but for optimizer states."""
+    config, folder = run.config, store.partial_folder(run.folder / "checkpoints", 0)
+    plan = build_plan(
+        config.model,
+        run.layout,
+        solo_groups(),
+        seed=1,
+        sequence_length=config.data.sequence_length,
+        kernels="torch",
+    )
+    (folder / store.WEIGHTS).mkdir()
+    tied = tied_names(plan)
+    for layer in plan.layers:
+        state = {k: v for k, v in state_of(layer.build()).items() if f"{layer.name}.{k}" not in tied}
+        write_layer(folder / store.WEIGHTS, layer.name, state, TensorPlace(), dense=True, experts=True)
+    (folder / store.CONFIG).write_text(to_yaml(config), "utf-8")
+    open_data(config.data).tokenizer.save(folder / store.TOKENIZER)
+    store.complete(folder, [store.record(folder, path) for path in store.files_of(folder)])
+
+
 def test_a_report_tells_all_in_words_numbers_and_a_picture(
     runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -74,7 +102,6 @@ def test_a_report_tells_all_in_words_numbers_and_a_picture(
     assert len(told["verdict"]) >= 4
 
 
-@pytest.mark.ranks
 @pytest.mark.parametrize("family", ["moe", "bert", "electra", "t5"])
 def test_every_family_has_a_report(runs: dict[str, Path], family: str) -> None:
     found = examine(runs[family], ["current"], num_samples=2)
