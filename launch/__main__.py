@@ -50,6 +50,9 @@ COMMANDS = {
     ),
     "generate": Command("launch.generate", "continue a prompt from a checkpoint"),
     "evaluate": Command("launch.evaluate", "perplexity, bits per byte and accuracy on held-out text"),
+    "fp8-report": Command(
+        "launch.fp8_report", "what FP8 and fewer bits do to a checkpoint's loss, gradients and linears"
+    ),
     "fill": Command("launch.fill", "fill in the masked words of a text with a trained encoder"),
     "export": Command("launch.export", "a checkpoint, as a folder that transformers opens"),
     "import": Command("launch.import_weights", "such a folder, as a checkpoint that a run begins from"),

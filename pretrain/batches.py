@@ -7,6 +7,7 @@ counted tokens of the global batch, even where masks leave some micro-batches wi
 
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,11 +19,25 @@ from data_tools.rearranged import PrefixBatch
 from data_tools.span_corruption import StackedBatch
 from data_tools.training_data import TrainingData, open_data
 from model_providers.layer_plan import BERTInputs, ElectraInputs, GPTInputs, T5Inputs
+from model_providers.layout import Layout
 from pretrain.config_io import Run
 from pretrain.engine.base import MicroBatch
 from pretrain.engine.groups import Groups
 
 StepBatches = Sequence[MicroBatch | None]  # None on pipeline stages that hold neither inputs nor the loss
+
+
+class Copies(Protocol):
+    """How many copies of the model share a batch out, and where this one is: `Groups`, or a single process."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dp(self) -> Any: ...
 
 
 def open_run_data(run: Run, groups: Groups) -> TrainingData:
@@ -89,7 +104,7 @@ def holds_data(groups: Groups) -> bool:
     return groups.holds_inputs or groups.holds_loss
 
 
-def to_device(batches: Sequence[Batch], groups: Groups) -> list[MicroBatch]:
+def to_device(batches: Sequence[Batch], groups: Copies) -> list[MicroBatch]:
     """A step's micro-batches; collective over the data-parallel group where losses are masked."""
     weights = _token_weights(batches, groups)
     return [
@@ -111,7 +126,7 @@ def inputs_of(batch: Batch, device: torch.device) -> torch.Tensor | tuple[torch.
     return BERTInputs(tokens, _tensor(batch.types, device), segments).to_wire()
 
 
-def _sentences(batches: Sequence[Batch], groups: Groups) -> list[tuple[torch.Tensor, ...]]:
+def _sentences(batches: Sequence[Batch], groups: Copies) -> list[tuple[torch.Tensor, ...]]:
     """Labels and weights [b] of a second task per micro-batch; weights add up as the tokens' do.
 
     Of ELECTRA the samples' weights alone.
@@ -128,7 +143,7 @@ def _sentences(batches: Sequence[Batch], groups: Groups) -> list[tuple[torch.Ten
     ]
 
 
-def _token_weights(batches: Sequence[Batch], groups: Groups) -> list[torch.Tensor]:
+def _token_weights(batches: Sequence[Batch], groups: Copies) -> list[torch.Tensor]:
     """[b s] per micro-batch, adding up to (micro-batches x data-parallel ranks) over the step."""
     if all(batch.loss_mask is None for batch in batches):
         shape = batches[0].labels.shape
@@ -142,10 +157,11 @@ def _num_counted(batch: Batch) -> int:
     return int(batch.labels.size if batch.loss_mask is None else batch.loss_mask.sum())
 
 
-def _spread(masks: list[torch.Tensor], groups: Groups) -> list[torch.Tensor]:
+def _spread(masks: list[torch.Tensor], groups: Copies) -> list[torch.Tensor]:
     """What counts, weighted alike over all micro-batches and data-parallel ranks; collective."""
     counted = torch.stack([mask.sum(dtype=torch.float64) for mask in masks]).sum()
-    dist.all_reduce(counted, group=groups.dp)
+    if groups.layout.dp > 1:
+        dist.all_reduce(counted, group=groups.dp)
     share = len(masks) * groups.layout.dp / max(1.0, counted.item())
     return [mask * share for mask in masks]
 

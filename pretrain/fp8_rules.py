@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from model_providers.config import ModelConfig
-from model_providers.fp8.config import BLOCKS, Fp8Config, Recipe
+from model_providers.fp8.config import BLOCKS, Fp8Config, GuardConfig, Recipe
 from model_providers.layout import Layout
 from pretrain.fp8_te_rules import linear_widths, transformer_engine_can
 from pretrain.optimizer_rules import Rule
@@ -102,6 +102,36 @@ def emulated_on_cuda(run: "Run", fp8: Fp8Config) -> str | None:
     return None
 
 
+def limits_are_looked_at(run: "Run") -> str | None:
+    fp8 = run.config.fp8
+    if fp8 is None or fp8.guard is None:
+        return None
+    for looks, names in (("watch_every", ("overflow", "underflow", "strikes")), ("shadow_every", ("gap",))):
+        for name in names:
+            value, usual = getattr(fp8.guard, name), GuardConfig.model_fields[name].default
+            if value != usual and not getattr(fp8, looks):
+                return (
+                    f"fp8.guard.{name}={value:g} with fp8.{looks}=0: nobody looks, so the limit means nothing; set "
+                    f"fp8.{looks}={Fp8Config.model_fields[looks].default or 100}, or leave the limit out"
+                )
+    return None
+
+
+def looks_are_at_our_linears(run: "Run") -> str | None:
+    fp8 = run.config.fp8
+    if fp8 is None or fp8.backend != "te":
+        return None
+    for name in ("watch_every", "shadow_every", "guard"):
+        value = getattr(fp8, name)
+        if value and value != Fp8Config.model_fields[name].default:
+            told = f"fp8.{name}" if name == "guard" else f"fp8.{name}={value}"
+            return (
+                f"{told} with fp8.backend=te: Transformer Engine keeps its scales to itself; use fp8.backend=torch, or "
+                f"leave fp8.{name} out"
+            )
+    return None
+
+
 FP8_RULES: tuple[Rule, ...] = (
     fp8_has_a_wide_format_beside_it,
     four_bits_are_an_experiment,
@@ -109,4 +139,6 @@ FP8_RULES: tuple[Rule, ...] = (
     options_belong_to_the_recipe,
     transformer_engine_can,
     blocks_are_not_cut_by_tp,
+    limits_are_looked_at,
+    looks_are_at_our_linears,
 )

@@ -15,6 +15,7 @@ from data_tools.tokenizer import Tokenizer, load_tokenizer
 from model_providers.building import solo_groups
 from model_providers.config import ModelConfig
 from model_providers.families import build_plan
+from model_providers.fp8.config import Fp8Config
 from model_providers.generation import generation_cache, next_logits
 from model_providers.layer_plan import LayerPlan
 from model_providers.layout import Layout, TensorPlace
@@ -109,8 +110,18 @@ class Trained:
     plan: LayerPlan
 
 
-def load_trained(path: Path, device: torch.device, *, family: str | None = None) -> Trained:
-    """From a checkpoint's folder, or the latest of a run's folder; ``family``: the only one that will do."""
+def load_trained(
+    path: Path,
+    device: torch.device,
+    *,
+    family: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    fp8: Fp8Config | None = None,
+) -> Trained:
+    """From a checkpoint's folder, or the latest of a run's folder; ``family``: the only one that will do.
+
+    ``dtype`` and ``fp8``: number formats of weights and products, whatever those of the run were.
+    """
     folder = whole_checkpoint(path)
     config = RunConfig(**read_yaml(folder / CONFIG))
     if family is not None and config.model.family != family:
@@ -122,8 +133,10 @@ def load_trained(path: Path, device: torch.device, *, family: str | None = None)
         solo_groups(),
         seed=0,
         sequence_length=config.data.sequence_length,
+        params_dtype=dtype,
         device=device,
         kernels="torch",
+        fp8=fp8,
     )
     root = nn.Module()
     loader = WeightLoader(folder / WEIGHTS, TensorPlace(), tied=tied_names(plan))

@@ -11,11 +11,13 @@ from pretrain.batches import Feed
 from pretrain.config_io import Run
 from pretrain.engine.base import Engine
 from pretrain.errors import RunError
+from pretrain.monitor.eight_bits_watch import EightBitsWatch
 from pretrain.monitor.experts import ExpertWatch
 from pretrain.monitor.guards import FiniteGuard, StopSignal, first_non_finite
 from pretrain.monitor.heartbeat import EVALUATES, SAVES
 from pretrain.monitor.metrics import Metrics, Record
 from pretrain.monitor.sinks import Sink
+from pretrain.monitor.timers import due
 from pretrain.optim import learning_rate_factor
 
 log = logging.getLogger(__name__)
@@ -41,7 +43,8 @@ class Loop:
     """What the loop works with.
 
     ``evaluate`` gives the losses of the validation sets, ``test`` those of the test sets, asked for once at the end;
-    ``save`` writes a checkpoint of the step; ``watch`` looks into models with experts or layers that look ahead.
+    ``save`` writes a checkpoint of the step; ``watch`` looks into models with experts or layers that look ahead,
+    ``eight_bits`` into FP8 linears.
     """
 
     run: Run
@@ -52,6 +55,7 @@ class Loop:
     save: Callable[[int], None]
     sinks: Sequence[Sink]
     watch: ExpertWatch | None = None
+    eight_bits: EightBitsWatch | None = None
 
     def train(self, first_step: int) -> Outcome:
         """Steps ``first_step`` (0 is the first ever) to the end."""
@@ -76,7 +80,7 @@ class Loop:
                         record.test_losses = self.test()
                 if is_last or asked or record.losses_by_set or self._is_told(done):
                     self._look_inside(record, draw=is_last)
-                self._tell(record, always=is_last or asked)
+                self._tell(record, always=is_last or asked or self._has_looked(done))
                 if is_last or asked or due(done, run.config.checkpoint.every):
                     with heartbeat.within(SAVES):
                         self.save(done)
@@ -96,7 +100,12 @@ class Loop:
         learning_rate = begin_step(run, engine, step)
         with engine.timers.phase("data"):
             batches = self.feed.next_step()
+        if self.eight_bits is not None:
+            self.eight_bits.begin(step)
         result = engine.train_step(batches)
+        if self.eight_bits is not None and self.eight_bits.wants_again(step, result):
+            seed(run, engine, step)
+            result = self.eight_bits.again(step, batches, result)
         phases_s = engine.timers.take()
         record = metrics.record(
             step + 1,
@@ -114,6 +123,8 @@ class Loop:
                 f"at samples {step * run.global_size} to {(step + 1) * run.global_size - 1}; "
                 "train.stop_on_nan=false skips such steps instead"
             )
+        if self.eight_bits is not None:
+            record.values |= self.eight_bits.end(step, batches)
         if due(step + 1, run.config.train.tie_check_every):
             self._check_ties(step + 1)
         return record
@@ -134,6 +145,9 @@ class Loop:
         record.values |= seen.values
         if draw or due(record.step, self.run.config.monitor.experts_every):
             record.expert_loads = seen.map
+
+    def _has_looked(self, done: int) -> bool:
+        return self.eight_bits is not None and self.eight_bits.has_looked(done)
 
     def _is_told(self, done: int) -> bool:
         return due(done, self.run.config.monitor.log_every)
@@ -162,8 +176,3 @@ def seed(run: Run, engine: Engine, step: int) -> None:
 def tell(sinks: Iterable[Sink], record: Record) -> None:
     for sink in sinks:
         sink.write(record)
-
-
-def due(done: int, every: int) -> bool:
-    """Whether something that happens every ``every`` steps (0: never) happens now."""
-    return every > 0 and done % every == 0

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from pretrain.fp8_rules import emulated_on_cuda
 from pretrain.fp8_te_rules import settled_fp8
 from pretrain.loop import Loop, Outcome
 from pretrain.monitor import banner, logs
+from pretrain.monitor.eight_bits_watch import EightBitsWatch
 from pretrain.monitor.experts import ExpertWatch
 from pretrain.monitor.heartbeat import Heartbeat
 from pretrain.monitor.sinks import ConsoleSink, DeepSpeedMonitors, ExpertLoadLines, JsonLines, Sink
@@ -74,7 +76,11 @@ def train(run: Run) -> Outcome:
     state = save_load.load(checkpoint, engine) if checkpoint else make_state(run, data, step=0)
     check_same_order(state, data, run)
     feed = Feed(data.train, run, groups, consumed_samples=state.consumed_samples)
-    sinks = open_run_log(console, run, engine, plan, data, checkpoint, state) if groups.is_first else []
+    eight_bits = make_eight_bits_watch(run, engine)
+    barred = eight_bits.barred if eight_bits is not None else []
+    sinks = (
+        open_run_log(console, run, engine, plan, data, checkpoint, state, barred) if groups.is_first else []
+    )
     if state.step >= run.config.train.steps and groups.is_first:
         log.info("all %d steps are done already; raise train.steps to go on, or use another name", state.step)
     loop = Loop(
@@ -86,6 +92,7 @@ def train(run: Run) -> Outcome:
         save=lambda step: save(run, engine, data, step),
         sinks=sinks,
         watch=make_watch(run, engine, first_step=state.step),
+        eight_bits=eight_bits,
     )
     try:
         return loop.train(state.step)
@@ -245,6 +252,14 @@ def make_watch(run: Run, engine: Engine, *, first_step: int) -> ExpertWatch | No
     )
 
 
+def make_eight_bits_watch(run: Run, engine: Engine) -> EightBitsWatch | None:
+    """What looks at FP8 linears, after the checkpoint is loaded; every rank calls it.  None without FP8."""
+    fp8 = run.config.fp8
+    if fp8 is None:
+        return None
+    return EightBitsWatch(engine, fp8, micro_size=run.micro_size, wide=run.config.precision.dtype)
+
+
 def make_state(run: Run, data: TrainingData, *, step: int) -> RunState:
     """What a checkpoint after ``step`` steps must remember."""
     consumed_samples = step * run.global_size
@@ -287,12 +302,13 @@ def open_run_log(
     data: TrainingData,
     checkpoint: Path | None,
     state: RunState,
+    barred: Sequence[str],
 ) -> list[Sink]:
     """The run folder's files, the banner and the sinks; rank 0 only."""
     data.tokenizer.save(run.folder / TOKENIZER)
     write_whole(run.folder / "run.yaml", to_yaml(run.config))
     write_whole(run.folder / "deepspeed.json", json.dumps(run.deepspeed, indent=2) + "\n")
-    banner.show(console, run, engine, plan, resumed=checkpoint)
+    banner.show(console, run, engine, plan, resumed=checkpoint, barred=barred)
     texts = {"run": to_yaml(run.config), "deepspeed": json.dumps(run.deepspeed, indent=2)}
     return [
         JsonLines(run.folder / "metrics.jsonl", resumed_step=state.step),

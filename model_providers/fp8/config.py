@@ -16,6 +16,22 @@ BACKENDS = ("auto", "te", "torch")
 BLOCKS = {"blockwise": 128, "mxfp8": 32, "nvfp4": 16}
 
 
+class GuardConfig(Facts):
+    """When a linear, or the whole run, goes back to the run's own format, for good."""
+
+    overflow: float = Field(0.01, ge=0, le=1, description="share of an operand's numbers that may be clipped")
+    underflow: float = Field(
+        0.5, ge=0, le=1, description="share of an operand's numbers that may become zero"
+    )
+    strikes: int = Field(3, ge=1, description="watched steps in a row on which a linear may be beyond these")
+    gap: float = Field(
+        0.05, gt=0, description="shadow: relative difference of losses at which the run goes back"
+    )
+    retry: bool = Field(
+        True, description="a step that is not finite is tried again without FP8, before all ends"
+    )
+
+
 class Fp8Config(Facts):
     """Linear layers of blocks in FP8; norms, attention's core, routers, embeddings and heads stay as they are."""
 
@@ -32,6 +48,13 @@ class Fp8Config(Facts):
     start_step: int = Field(0, ge=0, description="optimizer steps before the first one in FP8")
     amax_history: int = Field(1024, ge=1, description="delayed: steps whose largest value counts")
     margin: int = Field(0, ge=0, description="delayed, current: powers of two that are left free above it")
+    watch_every: int = Field(50, ge=0, description="steps between looks at what eight bits lose; 0: never")
+    shadow_every: int = Field(
+        0, ge=0, description="steps between looks at the same batch's loss without FP8; 0: never"
+    )
+    guard: GuardConfig | None = Field(
+        GuardConfig(), description="takes linears, or all of them, out of FP8; null: nobody does"
+    )
     experiment: bool = Field(False, description="nvfp4 is asked for knowing that no hardware here runs it")
 
     @property

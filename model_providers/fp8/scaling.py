@@ -29,20 +29,28 @@ class Scaling:
     def __init__(self, facts: Fp8Config, group: Any, *, cut: frozenset[Operand]):
         self.facts, self.name = facts, ""  # the whole model's name of the linear, once it is built
         self.has_begun, self.is_barred = True, False  # its first step has come; a guard took it out
-        self.look: Look | None = None  # sees every operand, while someone watches
+        self.is_paused, self.strikes = (
+            False,
+            0,
+        )  # out for a moment; watched steps in a row on which it was bad
+        self.look: Look | None = None  # sees every operand of training once, while someone watches
         self.history = AmaxHistory(facts.amax_history) if facts.recipe == "delayed" else None
         self._group, self._cut = group, cut
         self._copy: tuple[int, Sides] | None = None
 
     @property
     def is_on(self) -> bool:
-        return self.has_begun and not self.is_barred
+        return self.has_begun and not self.is_barred and not self.is_paused
+
+    def num_copies(self, operand: Operand) -> int:
+        """How many tensor ranks hold the same numbers of it."""
+        return 1 if self._group is None or operand in self._cut else int(self._group.size())
 
     def input(self, x: torch.Tensor, *, both: bool, is_trained: bool) -> Sides:
         """[t k] -> rows [t k], and for the weight's gradient columns [k t]; past scales learn from training only."""
         if self.history is not None and is_trained:
             self.history.note(INPUT, largest_magnitude(x))
-        return self._quantise("input", x, both=both)
+        return self._quantise("input", x, both=both, is_shown=is_trained)
 
     def gradient(self, grad: torch.Tensor, *, both: bool) -> Sides:
         """[t n] -> rows [t n], columns [n t]"""
@@ -63,7 +71,8 @@ class Scaling:
         """Of the copy, whose weight changes."""
         self._copy = None
 
-    def _quantise(self, operand: Operand, x: torch.Tensor, *, both: bool) -> Sides:
+    def _quantise(self, operand: Operand, x: torch.Tensor, *, both: bool, is_shown: bool = True) -> Sides:
+        """``is_shown``: not where a forward pass is no part of training, or is only gathered once more."""
         recipe = self.facts.recipe
         if recipe in ("delayed", "current"):
             sides = self._by_tensor(operand, x, both=both)
@@ -71,7 +80,7 @@ class Scaling:
             sides = self._four_bits(operand, x, both=both)
         else:
             sides = self._by_block(operand, x, both=both)
-        if self.look is not None:
+        if self.look is not None and is_shown:
             self.look(operand, x, sides.rows)
         return sides
 
@@ -121,9 +130,12 @@ class Scaling:
     def state(self) -> dict[str, Any]:
         """What a checkpoint must remember beside weights."""
         history = {} if self.history is None else {"history": self.history.state()}
-        return {"is_barred": self.is_barred, **history}
+        decided = {"recipe": self.facts.recipe, "is_barred": self.is_barred, "strikes": self.strikes}
+        return {**decided, **history}
 
     def restore(self, state: dict[str, Any], device: torch.device) -> None:
-        self.is_barred = bool(state["is_barred"])
+        """What was decided about another recipe does not bind this one."""
+        if state.get("recipe", self.facts.recipe) == self.facts.recipe:
+            self.is_barred, self.strikes = bool(state["is_barred"]), int(state.get("strikes", 0))
         if self.history is not None and "history" in state:
             self.history.restore(state["history"], device)

@@ -1,7 +1,8 @@
 """What follows FP8 recipes on a rank, as engine and loop see it: steps, states, and who runs in which format."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -10,8 +11,22 @@ from torch import nn
 from model_providers.fp8 import copies
 from model_providers.fp8.follower import Follower
 from model_providers.fp8.linears import scalings
-from model_providers.fp8.scaling import Scaling
+from model_providers.fp8.scaling import Operand, Scaling
+from model_providers.fp8.tally import OPERANDS, Facts, Tally, facts_of
 from model_providers.fp8.transformer_engine import EightBitBlocks, eight_bit_blocks
+
+
+class Row(NamedTuple):
+    """What was seen of one linear, over all ranks that hold it: for each operand what `tally.facts_of` takes."""
+
+    name: str
+    sums: list[list[float]]  # [operands 6]
+    peaks: list[list[float]]  # [operands 2]
+
+    def facts(self) -> dict[Operand, Facts]:
+        """Of the operands that were seen."""
+        found = (facts_of(sums, peaks) for sums, peaks in zip(self.sums, self.peaks, strict=True))
+        return {operand: seen for operand, seen in zip(OPERANDS, found, strict=True) if seen is not None}
 
 
 class EightBits:
@@ -69,6 +84,36 @@ class EightBits:
             else:
                 unknown.append(follower.name)
         return unknown
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, all linears run in the format of the rest of the model."""
+        for scaling in self.scalings:
+            scaling.is_paused = True
+        try:
+            yield
+        finally:
+            for scaling in self.scalings:
+                scaling.is_paused = False
+
+    def begin_look(self) -> None:
+        """From now on every operand is looked at, until `end_look`."""
+        for scaling in self.scalings:
+            scaling.look = Tally(scaling, self._device)
+
+    def end_look(self) -> list[Row]:
+        """What was seen since `begin_look`, linear by linear; every rank of the stage calls it and gets the same."""
+        tallies = [scaling.look for scaling in self.scalings if isinstance(scaling.look, Tally)]
+        for scaling in self.scalings:
+            scaling.look = None
+        if not tallies:
+            return []
+        sums = torch.stack([tally.sums for tally in tallies])  # [linears operands 6]
+        peaks = torch.stack([tally.peaks for tally in tallies])  # [linears operands 2]
+        dist.all_reduce(sums, group=self._group)
+        dist.all_reduce(peaks, op=dist.ReduceOp.MAX, group=self._group)
+        rows = zip(tallies, sums.tolist(), peaks.tolist(), strict=True)
+        return [Row(tally.scaling.name, *row) for tally, *row in rows]
 
     def bar(self, names: Iterable[str]) -> None:
         """From now on these run in the format of the rest of the model, for good."""

@@ -1,6 +1,6 @@
 """What a run is about to do, in a few lines on the console before the first step."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from pretrain.engine.base import Engine
 from pretrain.engine.schedules.ops import Placement
 from pretrain.monitor.sinks import counted, short
 
+NAMED = 4  # linears, on one line
+
 
 def show(
     console: Console,
@@ -23,17 +25,20 @@ def show(
     plan: LayerPlan,
     *,
     resumed: Path | None,
+    barred: Sequence[str] = (),
 ) -> None:
-    """Print the run's facts; only rank 0 calls it."""
+    """Print the run's facts; only rank 0 calls it.  ``barred``: linears that a guard took out of FP8."""
     table = Table.grid(padding=(0, 2))
-    for name, text in facts(run, engine, resumed=resumed):
+    for name, text in facts(run, engine, resumed=resumed, barred=barred):
         table.add_row(f"[bold]{name}[/bold]", text)
     console.print(table)
     if run.layout.pp > 1:
         console.print(stage_table(run, plan))
 
 
-def facts(run: Run, engine: Engine, *, resumed: Path | None) -> Iterable[tuple[str, str]]:
+def facts(
+    run: Run, engine: Engine, *, resumed: Path | None, barred: Sequence[str] = ()
+) -> Iterable[tuple[str, str]]:
     """Name and text of each line."""
     config, model, layout = run.config, run.config.model, run.layout
     yield "run", f"{config.name}, writes into {run.folder}"
@@ -65,6 +70,8 @@ def facts(run: Run, engine: Engine, *, resumed: Path | None) -> Iterable[tuple[s
         f"{run.deepspeed['data_types']['grad_accum_dtype']}, "
         f"master weights fp32, clipping {f'at norm {clipping}' if clipping else 'off'}",
     )
+    if config.fp8 is not None:
+        yield "fp8", f"{config.fp8.recipe}{_barred(barred, config.precision.dtype)}"
     yield (
         "optimizer",
         f"{config.optimizer.type} ({type(engine.deepspeed.optimizer).__name__}), "
@@ -80,6 +87,13 @@ def facts(run: Run, engine: Engine, *, resumed: Path | None) -> Iterable[tuple[s
         yield "resumed", f"from {resumed}"
     elif config.checkpoint.weights_from:
         yield "weights", f"from {config.checkpoint.weights_from}"
+
+
+def _barred(names: Sequence[str], wide: str) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"; back in {wide} for good: {', '.join(names[:NAMED])}{more}"
 
 
 def _special_parts(model: ModelConfig) -> Iterable[tuple[str, str]]:

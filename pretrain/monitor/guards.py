@@ -57,6 +57,11 @@ class StopSignal:
         return self._has_stopped
 
 
+def is_finite(result: StepResult) -> bool:
+    """Whether the step's numbers are, and it was applied."""
+    return math.isfinite(result.loss) and math.isfinite(result.grad_norm) and result.applied
+
+
 class FiniteGuard:
     """Judges each step's result."""
 
@@ -66,7 +71,7 @@ class FiniteGuard:
 
     def objects(self, result: StepResult) -> bool:
         """Whether training must stop. fp16 skips single steps while its loss scale settles; that is no reason."""
-        bad = not (math.isfinite(result.loss) and math.isfinite(result.grad_norm) and result.applied)
+        bad = not is_finite(result)
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if bad else 0
         return bad and (not self._is_fp16 or self._skipped_in_a_row > MAX_SKIPPED_IN_A_ROW)
 

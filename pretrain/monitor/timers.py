@@ -45,3 +45,8 @@ class PhaseTimers:
         self._open_events = []
         elapsed_s, self._elapsed_s = dict(self._elapsed_s), defaultdict(float)
         return elapsed_s
+
+
+def due(done: int, every: int) -> bool:
+    """Whether something that happens every ``every`` steps (0: never) happens now."""
+    return every > 0 and done % every == 0

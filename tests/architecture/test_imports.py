@@ -54,6 +54,7 @@ WITHOUT_TORCH = (
     "launch.advice",
     "launch.examined_cluster",
     "launch.fitting",
+    "launch.fp8_report",
     "launch.hardware",
     "launch.layer_time",
     "launch.legality",

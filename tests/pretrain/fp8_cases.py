@@ -96,4 +96,18 @@ FP8_CASES: tuple[tuple[str, int, dict[str, Any], dict[str, Any] | None, str], ..
         None,
         r"fp8\.backend=te with layout\.tp=1: the model is 32 wide on a rank, no multiple of 128, as blockwise wants",
     ),
+    (
+        "limits_are_looked_at",
+        1,
+        {"fp8": {"recipe": "current", "guard": {"gap": 0.1}}},
+        None,
+        r"fp8\.guard\.gap=0\.1 with fp8\.shadow_every=0.*set fp8\.shadow_every=100, or leave the limit out",
+    ),
+    (
+        "looks_are_at_our_linears",
+        1,
+        {"fp8": {"recipe": "current", "backend": "te", "watch_every": 10}, "kernels": "auto"},
+        None,
+        r"fp8\.watch_every=10 with fp8\.backend=te.*use fp8\.backend=torch, or leave fp8\.watch_every out",
+    ),
 )
