@@ -2,7 +2,7 @@
 
 Forward and backward of the head and the loss alone, tied to nothing.  "naive" is torch's cross-entropy of a product,
 as one would write it; "whole" is this stack's loss on whole logits, which writes their gradient over them; the rest
-work in chunks.  Peaks are those of tensors, every storage from its first operation to its end, but inputs and weight.
+work in chunks.  Peaks are those of tensors, each storage from its first operation to its end, beside inputs and weight.
 
     python -m benchmarks.loss [--words 131072] [--tokens 2048] [--width 512] [--dtype fp32]
 """

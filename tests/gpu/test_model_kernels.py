@@ -6,6 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from model_providers.building import solo_groups
+from model_providers.chunked_loss import HeadProduct, PendingLogits
+from model_providers.cross_entropy import TokenLosses, VocabularyShare
 from model_providers.generation import generation_cache, next_logits
 from model_providers.kernels import transformer_engine_obstacle
 from model_providers.layer_plan import GPTInputs, Recompute, Targets
@@ -84,12 +87,27 @@ def test_recompute_repeats_dropout_on_cuda(kernels: str) -> None:
     model = llama_like(**SIZES, num_kv_heads=2, hidden_dropout=0.1, attention_dropout=0.1)
     tokens, targets = batch(model)
     results = []
-    for recompute in (Recompute(), Recompute("selective")):
+    for recompute in (Recompute(), Recompute("selective", modules=("core_attn", "layernorm", "mlp"))):
         built = on_cuda(model, kernels, recompute=recompute, params_dtype=torch.bfloat16)
         seed_streams(3, device="cuda")
         results.append(loss_and_gradients(built, tokens.cuda(), Targets(*to_cuda(*targets))))
     assert results[0][0] == results[1][0]
     assert_same_tensors(results[1][1], results[0][1], relative=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_loss_in_chunks_is_that_of_whole_logits_on_cuda(dtype: torch.dtype) -> None:
+    """16-bit products are summed in fp32 by `addmm` with a wider output, which torch has on CUDA alone."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(64, 2, 32, device="cuda", dtype=dtype, generator=generator).requires_grad_()
+    weight = torch.randn(128, 32, device="cuda", dtype=dtype, generator=generator).requires_grad_()
+    labels = torch.randint(0, 120, (64, 2), device="cuda", generator=generator)
+    share = VocabularyShare(120, 128, solo_groups().tp)
+    whole = torch.autograd.grad(TokenLosses.apply(hidden @ weight.t(), labels, share).sum(), (hidden, weight))
+    pending = PendingLogits(hidden, weight, HeadProduct(24, sequence_parallel=False))
+    chunked = torch.autograd.grad(pending.losses(labels, share).sum(), (hidden, weight))
+    for found, wanted in zip(chunked, whole, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=8 * torch.finfo(dtype).eps, atol=1e-2)
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

@@ -122,6 +122,15 @@ def test_every_edit_keeps_the_samples_of_a_step_and_helps() -> None:
         assert memory(edited).heaviest.device.total < before, word
 
 
+def test_where_logits_are_the_trouble_the_loss_in_chunks_is_the_remedy() -> None:
+    """A vocabulary of 128k, and little else."""
+    scenario = Scenario(get_preset("tiny").model_copy(update={"vocab_size": 131_072}), Layout(), 4096, 4)
+    whole = memory(scenario).heaviest.device.total
+    first, *_ = remedies(scenario, 0.5 * whole, is_legal)
+    assert first.words == ("loss.chunk_tokens=2048",)
+    assert memory(first.scenario).heaviest.device.total < 0.5 * whole
+
+
 def test_remedies_fit() -> None:
     scenario = Scenario(get_preset("llama3-70b"), Layout(tp=4, dp=16), 8192, num_micro_batches=8)
     found = remedies(scenario, 76 * GIB, is_legal)

@@ -9,6 +9,7 @@ from launch.hardware import CLUSTERS
 from launch.scenario import Scenario
 from launch.software import Software
 from launch.step_time import StepTime, step_time
+from model_providers.cost import train_flops_per_token
 from model_providers.layout import Layout
 from model_providers.presets import get_preset
 from pretrain.engine.schedules.catalogue import SCHEDULES, make_schedule
@@ -91,11 +92,21 @@ def test_a_faster_device_is_faster(key: str) -> None:
     assert step_time(scenario(), H100.with_(device=device)).total_s > step_time(scenario(), H100).total_s
 
 
+def test_a_loss_in_chunks_costs_one_more_product_of_the_head_and_small_chunks_more() -> None:
+    plain, chunked, small = (step_time(scenario(chunk_tokens=size), H100) for size in (None, 2048, 64))
+    model = scenario().model
+    share = model.hidden_size * model.padded_vocab_size / train_flops_per_token(model, 1) * 6
+    assert 1 < chunked.total_s / plain.total_s < 1 + share
+    assert small.total_s > chunked.total_s
+
+
 def test_recompute_and_offload_cost_time() -> None:
     plain = step_time(scenario(), H100)
     assert step_time(scenario(recompute="full"), H100).recompute_s > 0.2 * plain.gemm_s
     written = step_time(scenario(fused=False, recompute="selective"), H100)
     assert 0 < written.recompute_s < step_time(scenario(fused=False, recompute="full"), H100).recompute_s
+    parts = scenario(recompute="selective", recompute_modules=("core_attn", "layernorm", "mlp"))
+    assert 0 < step_time(parts, H100).recompute_s < step_time(scenario(recompute="full"), H100).recompute_s
     for place in ("cpu", "nvme"):
         assert step_time(scenario(offload_optimizer=place), H100).offload_s > plain.optimizer_s
     whole = step_time(scenario(offload_optimizer="cpu"), H100)
