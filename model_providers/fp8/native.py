@@ -75,7 +75,7 @@ def laid_out(x: Quantised) -> torch.Tensor:
     assert x.scales is not None
     if x.block == MICRO:
         return in_tiles(x.scales)
-    wide = x.scales.float()
+    wide = x.wide_scales
     if x.block == SQUARE:
         return F.pad(wide, (0, -wide.shape[1] % 4)).t()  # [k/128 n/128], k's next to each other
     return wide.t().contiguous().t()  # [m k/128], m's next to each other

@@ -23,13 +23,19 @@ class Quantised(NamedTuple):
     scales: torch.Tensor | None = None  # [m/r k/c] rounded up, eight bits: of each block of r x c
     block: tuple[int, int] | None = None
 
+    @property
+    def wide_scales(self) -> torch.Tensor:
+        """fp32, [m/r k/c]; torch does not reckon in their own format."""
+        assert self.scales is not None
+        return self.scales.float()
+
     def values(self, dtype: torch.dtype) -> torch.Tensor:
         """[m k], but for the unit; exact in bf16 too, whose exponents reach as far as fp32's."""
         wide = self.payload.to(dtype)
         if self.scales is None:
             return wide
         assert self.block is not None
-        return wide.mul_(spread(self.scales.float().to(dtype), self.block, wide.shape))
+        return wide.mul_(spread(self.wide_scales.to(dtype), self.block, wide.shape))
 
     def transposed(self) -> "Quantised":
         """[k m], laid out anew."""

@@ -52,7 +52,7 @@ class Tally:
         """``x`` [m k] became ``rows``."""
         row, copies = OPERANDS.index(operand), self.scaling.num_copies(operand)
         self.sums[row] += counts(x, rows, edge_of(self.scaling, rows)) / copies
-        units = rows.unit if rows.scales is None else rows.unit * rows.scales.max()
+        units = rows.unit if rows.scales is None else rows.unit * rows.wide_scales.max()
         seen = torch.stack((largest_magnitude(x), units))
         self.peaks[row] = torch.maximum(
             self.peaks[row], torch.nan_to_num(seen, nan=torch.inf, posinf=torch.inf)
@@ -78,7 +78,7 @@ def limits(rows: Quantised, edge: float, shape: torch.Size) -> torch.Tensor:
     """[] or [m k]: what is larger was clipped; a block whose scale is zero has lost all, and clipped none."""
     if rows.scales is None:
         return rows.unit * edge
-    units = rows.unit * rows.scales
+    units = rows.unit * rows.wide_scales
     return spread(torch.where(units == 0, torch.inf, units * edge), block(rows), shape)
 
 
