@@ -164,7 +164,9 @@ def gathered_elements(shares: list[LayerShare], hidden_size: int) -> int:
 def _workspace(scenario: Scenario, facts: Facts, rank: int, spans: tuple[Span, ...]) -> float:
     placement = scenario.placement
     has_loss = rank == placement.rank(placement.last) and scenario.model.electra is None
-    is_plain = facts.recompute != "full" and len(spans) == 1 and scenario.schedule not in SPLIT_BACKWARD
+    comes_back = chunk_activations(facts, *spans[-1]).again > 0  # then activations are most inside a block
+    is_plain = not comes_back and len(spans) == 1 and scenario.schedule not in SPLIT_BACKWARD
+    is_plain = is_plain and facts.recompute != "full"
     tokens = scenario.micro_size * scenario.sequence_length
     return _workspace_of(facts, tokens, spans[-1], has_loss, is_plain)
 
