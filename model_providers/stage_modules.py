@@ -81,6 +81,7 @@ class Block(PlanModule, TransformerLayer):
 
     config: TransformerConfig
     rotary: RotaryTable | None
+    mlp: nn.Module
     attention_norm: nn.Module  # where norms come after sums
     mlp_norm: nn.Module
 
