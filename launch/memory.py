@@ -195,8 +195,10 @@ def gathered_elements(shares: list[LayerShare], hidden_size: int) -> int:
 def _workspace(scenario: Scenario, facts: Facts, rank: int, spans: tuple[Span, ...]) -> float:
     placement = scenario.placement
     has_loss = rank == placement.rank(placement.last) and scenario.model.electra is None
+    comes_back = chunk_activations(facts, *spans[-1]).again > 0  # then activations are most inside a block
     is_plain = (
-        facts.recompute != "full"
+        not comes_back
+        and facts.recompute != "full"
         and not facts.offloads
         and len(spans) == 1
         and scenario.schedule not in SPLIT_BACKWARD

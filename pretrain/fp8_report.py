@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
@@ -30,6 +31,17 @@ PLACEMENTS = [
     Blocks(2, 0),
     Blocks(2, 2),
 ]
+
+
+class Told:
+    """How far it is, on stderr, so that a page or JSON stays alone."""
+
+    def __init__(self, num_trials: int):
+        self.num_trials, self.done = num_trials, 0
+
+    def trying(self, what: str) -> None:
+        self.done += 1
+        print(f"trial {self.done} of {self.num_trials}: {what}", file=sys.stderr, flush=True)
 
 
 def report(words: argparse.Namespace) -> None:
@@ -100,15 +112,18 @@ def _begin(path: Path, trained: Trained, subject: Subject, samples: str, exact: 
 def _try_all(found: Report, subject: Subject, exact: Gradients, recipes: Sequence[str]) -> None:
     subject.use(lambda part: None)
     own, own_loss, sharp = subject.gradients(subject.micro_batches)
+    told = Told(len(recipes) + len(SWEEP) + sum(bool(subject.narrow(some)) for some in PLACEMENTS))
     found.own = Outcome(own_loss, 0.0, *apart(own, exact), sharp)
     blocks = found.blocks
     seen: dict[str, Linears] = {}
     for recipe in cast(Sequence[Recipe], recipes):
+        told.trying(recipe)
         trial = attempt(
             subject, subject.with_recipe(recipe, blocks), exact=exact, own_loss=own_loss, look=True
         )
         found.recipes[recipe], seen[recipe] = trial.outcome, trial.linears
     for exponent, mantissa in SWEEP:
+        told.trying(f"E{exponent}M{mantissa}")
         bits = subject.with_bits(exponent, mantissa, blocks)
         found.sweep[exponent, mantissa] = attempt(subject, bits, exact=exact, own_loss=own_loss).outcome
     stated = subject.trained.config.fp8
@@ -116,6 +131,7 @@ def _try_all(found: Report, subject: Subject, exact: Gradients, recipes: Sequenc
     found.worst = worst_of(seen[found.chosen])
     for some in PLACEMENTS:
         if subject.narrow(some):
+            told.trying(f"{found.chosen} without {some.first} and {some.last} blocks")
             choice = subject.with_recipe(cast(Recipe, found.chosen), some)
             found.placements[some] = attempt(subject, choice, exact=exact, own_loss=own_loss).outcome
 

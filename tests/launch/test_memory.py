@@ -269,11 +269,10 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
         },
     ),
     "norms and mlp": (1, {"recompute": {"mode": "selective", "modules": ["core_attn", "layernorm", "mlp"]}}),
-    "norms bf16 tp": (
+    "norms tp": (
         2,
         {
             "layout": {"tp": 2, "sequence_parallel": True},
-            "precision": "bf16",
             "recompute": {"mode": "selective", "modules": ["layernorm"]},
         },
     ),

@@ -42,7 +42,7 @@ CELLS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # ranks, the m
     "t5-pp2-tp2+sp-zb-v": (4, T5, {"layout": {"pp": 2, **SP2, **ZB_V}}),
     "t5-dp2-zero3": (2, T5, {"deepspeed": "zero3.json"}),
 }
-RARE = {"tp2-masked", "dp2-zero3-ahead", "dp2-zero2", "pp2-1f1b", "pp2-zb-v", "bert-pp2", "t5-dp2-zero3"}
+RARE = {"tp2-masked", "dp2-zero3-ahead", "dp2-zero2", "t5-dp2-zero3"}
 
 
 @pytest.mark.ranks

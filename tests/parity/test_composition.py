@@ -24,6 +24,7 @@ LAYOUTS = pytest.mark.parametrize(
     "layout", [TP_SP, PP, DP, DP_ZERO_3], ids=["tp2+sp", "pp2", "dp2", "dp2-zero3"]
 )
 EXPERTS = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 64}
+PARTS = {"mode": "selective", "modules": ["core_attn", "layernorm", "mlp"]}
 DROPOUT = {"model__hidden_dropout": 0.1, "model__attention_dropout": 0.1}
 
 
@@ -60,7 +61,7 @@ def test_document_boundaries_are_the_same_in_every_layout(
 @LAYOUTS
 @pytest.mark.parametrize(
     "recompute",
-    [{"mode": "selective"}, {"mode": "full"}, {"mode": "full", "every": 3}],
+    [PARTS, {"mode": "full"}, {"mode": "full", "every": 3}],
     ids=["selective", "full", "every-3"],
 )
 def test_recompute_changes_nothing_even_with_dropout(

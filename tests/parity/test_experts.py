@@ -168,6 +168,37 @@ def test_latent_attention_experts_and_looking_ahead_in_every_layout(
     assert_same(trace, one_process(STEPS, **model))
 
 
+PARTS = {
+    "whole experts": ["core_attn", "layernorm", "mlp", "moe", "mla_up_proj"],
+    "inside experts": ["moe_act", "shared_experts", "mla_up_proj", "layernorm"],
+}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("parts", "world_size", "changes"),
+    [
+        ("whole experts", 2, {"layout": {"ep": 2}, "deepspeed": "zero3.json"}),
+        ("inside experts", 2, {"layout": {"tp": 2, "sequence_parallel": True}}),
+        ("inside experts", 2, {"layout": {"pp": 2, "schedule": "zb-v", "chunks": 2}}),
+        ("whole experts", 4, {"layout": {"pp": 2, "ep": 2, "schedule": "zb-v", "chunks": 2}}),
+    ],
+    ids=["whole-ep2-zero3", "inside-tp2+sp", "inside-pp2-zb-v", "whole-pp2-ep2-zb-v"],
+)
+def test_forgotten_parts_of_experts_and_latent_attention_come_back_in_every_layout(
+    ranks: RankPool,
+    corpus: str,
+    one_process: OneProcess,
+    out: Path,
+    parts: str,
+    world_size: int,
+    changes: dict[str, Any],
+) -> None:
+    recompute = {"recompute": {"mode": "selective", "modules": PARTS[parts]}}
+    raw = tiny(corpus, out, **DEEPSEEK, **changes, **recompute)
+    assert_same(ranks.run(record_raw, world_size, raw, STEPS)[0], one_process(STEPS, **DEEPSEEK))
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("world_size", "changes"),

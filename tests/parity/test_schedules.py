@@ -101,7 +101,11 @@ def test_ours_is_deepspeeds_own_1f1b(ranks: RankPool, corpus: str, out: Path, pp
         ("interleaved", {"recompute": "full"}),
         ("zb-v", {"recompute": {"mode": "full", "every": 2}}),
         pytest.param("zb-h1", {"recompute": "full"}, marks=pytest.mark.thorough),
-        ("interleaved-zb", {"recompute": "selective"}),
+        (
+            "interleaved-zb",
+            {"recompute": {"mode": "selective", "modules": ["core_attn", "layernorm", "mlp"]}},
+        ),
+        ("zb-v", {"recompute": {"mode": "selective", "modules": ["layernorm", "mlp"]}}),
         pytest.param("interleaved", {"data__documents": "reset"}, marks=pytest.mark.thorough),
         ("zb-v", {"data__documents": "reset", "data__mask_boundary_loss": True}),
         ("zb-v", {"deepspeed": "zero0.json"}),
