@@ -29,10 +29,8 @@ class Scaling:
     def __init__(self, facts: Fp8Config, group: Any, *, cut: frozenset[Operand]):
         self.facts, self.name = facts, ""  # the whole model's name of the linear, once it is built
         self.has_begun, self.is_barred = True, False  # its first step has come; a guard took it out
-        self.is_paused, self.strikes = (
-            False,
-            0,
-        )  # out for a moment; watched steps in a row on which it was bad
+        self.is_paused = False  # out for a moment
+        self.strikes = 0  # watched steps in a row on which it was bad
         self.look: Look | None = None  # sees every operand of training once, while someone watches
         self.history = AmaxHistory(facts.amax_history) if facts.recipe == "delayed" else None
         self._group, self._cut = group, cut

@@ -71,7 +71,7 @@ def facts(
         f"master weights fp32, clipping {f'at norm {clipping}' if clipping else 'off'}",
     )
     if config.fp8 is not None:
-        yield "fp8", f"{config.fp8.recipe}{_barred(barred, config.precision.dtype)}"
+        yield "fp8", f"{_eight_bits(run, engine)}{_barred(barred, config.precision.dtype)}"
     yield (
         "optimizer",
         f"{config.optimizer.type} ({type(engine.deepspeed.optimizer).__name__}), "
@@ -87,6 +87,20 @@ def facts(
         yield "resumed", f"from {resumed}"
     elif config.checkpoint.weights_from:
         yield "weights", f"from {config.checkpoint.weights_from}"
+
+
+def _eight_bits(run: Run, engine: Engine) -> str:
+    """Whose products, and what stays as it is."""
+    config, fp8, eight_bits = run.config, run.config.fp8, engine.deepspeed.eight_bits
+    assert fp8 is not None
+    whose = "Transformer Engine" if len(eight_bits.followers) > len(eight_bits.scalings) else "torch"
+    outer = [f"the first {fp8.bf16_first}"] if fp8.bf16_first else []
+    outer += [f"the last {fp8.bf16_last}"] if fp8.bf16_last else []
+    kept = [f"{' and '.join(outer)} of a stack's blocks"] if outer else []
+    kept += ["experts"] if config.model.moe is not None else []
+    stay = f"; {', '.join(kept)} stay in {config.precision.dtype}" if kept else ""
+    begins = f" from step {fp8.start_step} on" if fp8.start_step else ""
+    return f"{fp8.recipe} by {whose}{begins}{stay}"
 
 
 def _barred(names: Sequence[str], wide: str) -> str:
