@@ -72,7 +72,7 @@ def nvme_buffers_hold_the_largest_parameter(run: "Run") -> str | None:
 def swap_buffers_suffice(run: "Run") -> str | None:
     optimizer = _section(run, "offload_optimizer")
     needed = buffers_needed(optimizer)
-    if optimizer.get("device") == "nvme" and optimizer["buffer_count"] < needed:
+    if optimizer.get("device") == "nvme" and optimizer.get("buffer_count", needed) < needed:
         ahead = [key for key in ("pipeline_read", "pipeline_write") if optimizer.get(key)]
         return (
             f"zero_optimization.offload_optimizer.buffer_count={optimizer['buffer_count']}"

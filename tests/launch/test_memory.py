@@ -6,12 +6,13 @@ from typing import Any, cast
 
 import pytest
 
-from launch.activations import Way, worst_moments
-from launch.memory import RankMemory, gathered_elements, memory, rank_memory
+from launch.activations import Way, chunk_activations, facts_of, worst_moments
+from launch.memory import RankMemory, gathered_elements, memory, rank_memory, spans_of
 from launch.model_states import Held, states
 from launch.scenario import Scenario, scenario_of
 from model_providers.config import ModelConfig
 from model_providers.layout import Layout
+from model_providers.linears import cpu_multiplies_bf16
 from model_providers.presets import get_preset
 from model_providers.tensor_shares import layer_shares
 from pretrain.ds_offload import usual_swap_buffers
@@ -88,15 +89,23 @@ def test_activations_are_those_of_korthikanti(
     scenario: Scenario, plain_gib: float, selective_gib: float
 ) -> None:
     """Korthikanti et al. 2022 (arXiv:2205.05198), figure 1, first stage: without anything, and with selective recompute
-    and sequence parallelism.  The paper leaves out what comes before and after the layers.
+    and sequence parallelism.  The paper leaves out what comes before and after the layers, and what the backward pass
+    brings back.
     """
     lighter = replace(
         scenario,
         recompute="selective",
         layout=scenario.layout.model_copy(update={"sequence_parallel": True}),
     )
-    found = [memory(one).ranks[0].device.activations / GIB for one in (scenario, lighter)]
-    assert found == pytest.approx([plain_gib, selective_gib], rel=0.03)
+    assert [kept_gib(one) for one in (scenario, lighter)] == pytest.approx(
+        [plain_gib, selective_gib], rel=0.03
+    )
+
+
+def kept_gib(scenario: Scenario) -> float:
+    facts, tokens = facts_of(scenario), scenario.micro_size * scenario.sequence_length
+    again = max(chunk_activations(facts, *span).again for span in spans_of(scenario, 0))
+    return (memory(scenario).ranks[0].device.activations - tokens * again) / GIB
 
 
 def test_the_first_stage_holds_all_layers_of_one_micro_batch() -> None:
@@ -260,7 +269,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "zero2 offload bf16 sums": (2, {"deepspeed": "zero2_cpu_offload.json", "precision": BF16_SUMS}),
     "zero3 offload": (2, {"deepspeed": "zero3_cpu_offload.json", "precision": "bf16"}),
     "tp": (2, {"layout": {"tp": 2}}),
-    "tp sequence parallel selective": (
+    "tp sequence parallel selective bf16": (
         2,
         {
             "layout": {"tp": 2, "sequence_parallel": True},
@@ -306,8 +315,8 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "chunked loss pipeline": (2, {**pipeline(), "loss": {"chunk_tokens": 64}, "model__vocab_size": 2048}),
     "chunked loss gpipe": (2, {**pipeline("gpipe"), "deepspeed": "zero0.json", "loss": {"chunk_tokens": 32}}),
     "chunked loss t5": (1, {**T5, "loss": {"chunk_tokens": 16}, "model__vocab_size": None}),
-    "fp8": (1, {"precision": "bf16", "fp8": "blockwise"}),
-    "fp8 tp": (
+    "fp8 bf16": (1, {"precision": "bf16", "fp8": "blockwise"}),
+    "fp8 bf16 tp": (
         2,
         {
             "precision": "bf16",
@@ -362,7 +371,7 @@ ORDINARY = {
     "zero2 offload",
     "norms and mlp",
     "chunked loss bf16 tp",
-    "tp sequence parallel selective",
+    "tp sequence parallel selective bf16",
     "full by two",
     "pipeline",
     "interleaved",
@@ -430,4 +439,5 @@ def assert_alike(members: list[tuple[Found, RankMemory]], case: str) -> None:
     if case not in SPLIT:
         assert device.activations == pytest.approx(mean("activations"), rel=0.02)
     everything = device.total + host.total
-    assert everything == pytest.approx(mean("peak"), rel=ROUGH.get(case, 0.05))
+    rough = 0.08 if "bf16" in case and not cpu_multiplies_bf16() else 0.05
+    assert everything == pytest.approx(mean("peak"), rel=ROUGH.get(case, rough))

@@ -212,7 +212,8 @@ def test_a_linear_that_overflows_goes_back_on_every_rank_and_stays_when_the_run_
     third = ranks.run(go, 2, stopped, "grow")[0]
     assert losses(first) + losses(second) + losses(third) == losses(through[0]), "bit for bit"
     assert second["at_start"] == [] and third["at_start"] == [VICTIM]
-    assert third["banner"] == f"delayed; back in fp32 for good: {VICTIM}"
+    assert third["banner"].startswith("delayed by torch")
+    assert third["banner"].endswith(f"; back in fp32 for good: {VICTIM}")
 
 
 @pytest.mark.ranks
