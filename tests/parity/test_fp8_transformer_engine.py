@@ -27,7 +27,7 @@ STEPS = 4
 FP8 = {"recipe": "delayed", "backend": "auto", "amax_history": 2}
 ONE = {"deepspeed": "zero0.json"}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    # Its first scales are 1, so that gradients of the first steps round by how many micro-batches share a loss: one rank.
+    # Its first scales are 1, so gradients of the first steps round by how many micro-batches share a loss: one rank.
     "zero2-recompute": (1, {"deepspeed": "zero2.json", "recompute": "full"}),
     "zero3-recompute": (1, {"deepspeed": "zero3.json", "recompute": "full"}),
     "pp2": (2, {"layout": {"pp": 2}, "deepspeed": "pipeline.json"}),
