@@ -24,7 +24,7 @@ from model_providers.layout import Layout
 from model_providers.loss_chunks import tokens_of_a_chunk
 from model_providers.tensor_shapes import TensorShape, layer_shapes, word_shape
 from model_providers.tensor_shares import LayerShare, fp8_places, layer_shares, word_share
-from pretrain.config_rules import SPLIT_BACKWARD
+from pretrain.engine.schedules.catalogue import SPLIT_BACKWARD
 
 MAX_BUCKET_ELEMENTS = 500_000_000  # of "auto" bucket sizes, pretrain/ds_config.py
 MAX_REUSE_ELEMENTS = 1_000_000_000  # stage3_max_reuse_distance, deepspeed/runtime/zero/config.py

@@ -11,7 +11,7 @@ from launch.legality import modules_stated
 from launch.planner import Candidate, Task
 from launch.scenario import Scenario
 from pretrain.config_io import find_deepspeed_json
-from pretrain.config_rules import SPLIT_BACKWARD
+from pretrain.engine.schedules.catalogue import SPLIT_BACKWARD
 from pretrain.errors import RunError
 from pretrain.nested import put
 

@@ -13,7 +13,7 @@ from model_providers.layout import Layout, layout_problems
 from pretrain.checkpoint import store
 from pretrain.config import BatchConfig, RunConfig
 from pretrain.ds_config import optimizer_is_offloaded
-from pretrain.engine.schedules.catalogue import SCHEDULES, schedule_fault
+from pretrain.engine.schedules.catalogue import SCHEDULES, SPLIT_BACKWARD, schedule_fault
 from pretrain.errors import RunError
 from pretrain.expert_rules import EXPERT_RULES
 from pretrain.fp8_rules import FP8_RULES
@@ -24,7 +24,6 @@ from pretrain.optimizer_rules import OPTIMIZER_RULES, Rule, missing_package
 from pretrain.recompute_rules import RECOMPUTE_RULES
 
 AUTO_SCHEDULE = "auto"  # measured and chosen on the ranks, see engine/auto_schedule.py
-SPLIT_BACKWARD = ("zb-h1", "zb-v", "interleaved-zb")
 
 if TYPE_CHECKING:  # Run holds what the rules look at; config_io imports this module
     from pretrain.config_io import Run

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from model_providers.config import ModelConfig
 from model_providers.fp8.config import Fp8Config, Recipe
 from model_providers.layout import Layout
+from pretrain.engine.schedules.catalogue import SPLIT_BACKWARD
 
 if TYPE_CHECKING:  # Run holds what the rules look at; config_io imports this module
     from pretrain.config_io import Run
 
-SPLIT_BACKWARD = ("zb-h1", "zb-v", "interleaved-zb")
 # Tokens and widths of operands.  Per-tensor: pytorch/utils.py, assert_dim_for_fp8_exec, and 16 bytes of each row of the
 # weight gradient's operands, which are transposed; blocks: is_quantizable in pytorch/tensor/{float8_blockwise,mxfp8,
 # nvfp4}_tensor.py.

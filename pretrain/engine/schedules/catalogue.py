@@ -22,6 +22,7 @@ class Family:
     help: str
 
 
+SPLIT_BACKWARD = ("zb-h1", "zb-v", "interleaved-zb")  # whose weights' gradients wait
 SCHEDULES = {
     "gpipe": Family(one_f_one_b.gpipe, "one", "loop", False, "all forwards, then all backwards; most memory"),
     "1f1b": Family(one_f_one_b.one_f_one_b, "one", "loop", False, "least memory"),
