@@ -12,7 +12,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from benchmarks.mfu import Rate, matrix_flops_per_s, parser, seconds_of, shape_here, train_rate  # first
+from benchmarks.alone import world_of_one  # before DeepSpeed
+from benchmarks.mfu import Rate, matrix_flops_per_s, parser, seconds_of, shape_here, train_rate
 
 # isort: split
 import torch
@@ -20,7 +21,7 @@ from deepspeed.accelerator import get_accelerator
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.throughput import Shape, world_of_one
+from benchmarks.throughput import Shape
 from model_providers.fp8.choice import recipe_obstacles
 from model_providers.fp8.config import RECIPES, Fp8Config, Recipe
 from model_providers.fp8.multiply import multiply

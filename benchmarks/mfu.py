@@ -16,7 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from benchmarks.throughput import LR, Shape, batch, deepspeed_json, world_of_one  # first: sets a world of one
+from benchmarks.alone import world_of_one  # before DeepSpeed
+from benchmarks.throughput import LR, Shape, batch, deepspeed_json
 
 # isort: split
 import torch

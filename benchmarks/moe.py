@@ -19,6 +19,9 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any, Literal, cast
 
+from benchmarks.alone import world_of_one  # before DeepSpeed
+
+# isort: split
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -38,7 +41,6 @@ from benchmarks.throughput import (
     plain_loop,
     seconds,
     under_deepspeed,
-    world_of_one,
 )
 from model_providers.config import MoEConfig
 from model_providers.cost import active_parameters, parameters

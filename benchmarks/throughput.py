@@ -13,22 +13,15 @@ import gc
 import os
 import statistics
 import sys
-import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
-# ranks of a world of one; the launcher sets these otherwise
-for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
-    os.environ.setdefault(name, value)
-os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-warnings.filterwarnings("ignore")
+from benchmarks.alone import world_of_one  # before DeepSpeed
 
+# isort: split
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from rich.console import Console
 from rich.table import Table
@@ -43,7 +36,6 @@ from pretrain.ds_config import Facts, complete
 from pretrain.engine.base import MicroBatch
 from pretrain.engine.groups import device_of_this_rank, join
 from pretrain.engine.zero import build_zero_engine
-from pretrain.monitor.logs import start
 
 LR, CLIP = 1e-4, 1.0
 
@@ -234,20 +226,6 @@ def measure(steps: dict[str, Step], *, repeats: int) -> dict[str, float]:
         for name, step in steps.items():
             times[name].append(seconds(step))
     return {name: statistics.median(values) for name, values in times.items()}
-
-
-@contextmanager
-def world_of_one() -> Iterator[None]:
-    with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group(
-            get_accelerator().communication_backend_name(),
-            init_method=f"file://{folder}/store",
-            rank=0,
-            world_size=1,
-        )
-        start(0)
-        yield
-        dist.destroy_process_group()
 
 
 def main() -> None:

@@ -8,18 +8,12 @@ embedding's work shared evenly by all stages.
 """
 
 import argparse
-import os
 import sys
-import tempfile
-import warnings
 
-for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
-    os.environ.setdefault(name, value)
-os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-warnings.filterwarnings("ignore")
+from benchmarks.alone import world_of_one  # before DeepSpeed
 
+# isort: split
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
@@ -70,12 +64,10 @@ def main() -> None:
     table = Table(
         "vocabulary", "head / block", "uniform", "by cost", "balanced", "of the gain kept", title=title
     )
-    with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    with world_of_one():
         groups = join(Layout())
         for vocabulary in VOCABULARIES:
             table.add_row(*row(vocabulary, groups, words.stages, words.layers, words.micro_batches))
-        dist.destroy_process_group()
     Console(width=None if sys.stdout.isatty() else 100).print(table)
 
 

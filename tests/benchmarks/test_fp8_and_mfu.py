@@ -1,13 +1,23 @@
 """What the device benchmarks compute from what they measure, and that they say so where there is no device."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from benchmarks.alone import RANK_OF_ONE, world_of_one
 from benchmarks.fp8 import Product, Row, product_table, products, step_table
 from benchmarks.mfu import LLAMA_1B, NO_CUDA, Rate
+
+
+def test_a_world_of_one_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in RANK_OF_ONE:
+        monkeypatch.delenv(name, raising=False)
+    with world_of_one():
+        assert os.environ["WORLD_SIZE"] == "1" and torch.distributed.is_initialized()
+    assert not RANK_OF_ONE.keys() & os.environ.keys() and not torch.distributed.is_initialized()
 
 
 def test_utilisation_is_work_over_the_measured_rate() -> None:

@@ -1,6 +1,8 @@
 """The choice of kernels: what is missing is named, and auto says in one line what it took."""
 
 import logging
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,14 +21,18 @@ def write_package(folder: Path, files: dict[str, str]) -> None:
 
 
 @pytest.fixture
-def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder whose packages can be imported, for this test only."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    for name in [
-        name for name in kernels.importlib.sys.modules if name.split(".")[0] in ("apex", "transformer_engine")
-    ]:
-        monkeypatch.delitem(kernels.importlib.sys.modules, name)
-    return tmp_path
+    for name in imported_packages():
+        monkeypatch.delitem(sys.modules, name)
+    yield tmp_path
+    for name in imported_packages():
+        del sys.modules[name]
+
+
+def imported_packages() -> list[str]:
+    return [name for name in sys.modules if name.split(".")[0] in ("apex", "transformer_engine")]
 
 
 def test_unknown_kernels_are_refused() -> None:
