@@ -43,7 +43,8 @@ class Fp8Product(torch.autograd.Function):
         whole = gather_along_first_dim(x, group) if sequence_parallel else x
         keeps_copy = is_trained and not sequence_parallel and weight.requires_grad
         given = scaling.input(whole.flatten(0, -2), both=keeps_copy, is_trained=is_trained)
-        output = multiply(given.rows, scaling.weight(weight).rows, x.dtype, is_precise=False)
+        kept = scaling.weight(weight, both=False)
+        output = multiply(given.rows, kept.rows, x.dtype, is_precise=False)
         if bias is not None:
             output += bias
         ctx.sequence_parallel, ctx.allreduce_dgrad, ctx.group = sequence_parallel, allreduce_dgrad, group

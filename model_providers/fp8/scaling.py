@@ -56,12 +56,12 @@ class Scaling:
             self.history.note(GRADIENT, largest_magnitude(grad))
         return self._quantise("gradient", grad, both=both)
 
-    def weight(self, weight: torch.Tensor) -> Sides:
-        """[n k] -> rows [n k], columns [k n]; kept for the rest of the step."""
+    def weight(self, weight: torch.Tensor, *, both: bool = True) -> Sides:
+        """[n k] -> rows [n k], columns [k n]; kept for the rest of the step, so with columns, asked for or not."""
         step = copies.current()
         if step is not None and self._copy is not None and self._copy[0] == step:
             return self._copy[1]
-        sides = self._quantise("weight", weight.detach(), both=True)
+        sides = self._quantise("weight", weight.detach(), both=both or step is not None)
         self._copy = None if step is None else (step, sides)
         return sides
 
@@ -100,7 +100,7 @@ class Scaling:
         size = BLOCKS[self.facts.recipe]
         if operand == "weight" and self.facts.recipe == "blockwise":
             rows = quantise_blocks(x, E4M3, (size, size))
-            return Sides(rows, rows.transposed())
+            return Sides(rows, rows.transposed() if both else None)
         columns = quantise_blocks(x.t(), E4M3, (1, size)) if both else None
         return Sides(quantise_blocks(x, E4M3, (1, size)), columns)
 
@@ -109,7 +109,7 @@ class Scaling:
         size = BLOCKS[self.facts.recipe]
         if operand == "weight":
             rows = quantise_nvfp4(x, unit, (size, size))
-            return Sides(rows, rows.transposed())
+            return Sides(rows, rows.transposed() if both else None)
         chance = generator_here(self.name, x.device) if operand == "gradient" else None
         rows = quantise_nvfp4(x, unit, (1, size), chance)
         if not both:

@@ -91,6 +91,17 @@ def test_a_copy_of_a_weight_lasts_a_step_and_not_longer() -> None:
     assert torch.equal(second.rows.payload, first.rows.payload) and second.rows.unit == 2 * first.rows.unit
 
 
+@RECIPE
+def test_a_forward_pass_that_keeps_nothing_quantises_a_weight_one_way(recipe: str) -> None:
+    scaling, weight = scaling_of(recipe), torch.randn(16, 64)
+    alone, whole = scaling.weight(weight, both=False), scaling.weight(weight)
+    assert alone.columns is None and whole.columns is not None
+    assert torch.equal(alone.rows.values(torch.float32), whole.rows.values(torch.float32))
+    copies.begin_step()
+    assert scaling.weight(weight, both=False).columns is not None, "the step's backward passes ask for it"
+    copies.end_step()
+
+
 def test_a_past_scale_clips_what_grew_and_the_next_step_knows() -> None:
     scaling = scaling_of("delayed", amax_history=2)
     assert scaling.history is not None
