@@ -11,6 +11,7 @@ import pytest
 
 from tests.ranks import CPU_ONLY_ENVIRONMENT, RankPool
 from tests.runs import make_corpus, tiny
+from tests.thorough import mark_rare
 
 if TYPE_CHECKING:  # torch
     from pretrain.parity import Trace
@@ -26,8 +27,10 @@ BUILDS = {"ranks": "kernels()", "nvme": "os.nice(10); asynchronous_io()"}
 RUNNING = pytest.StashKey[dict[str, "subprocess.Popen[bytes]"]]()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests that need compiled kernels come last."""
+    mark_rare(items, all_collected=not any("::" in word for word in config.args))
     items.sort(key=lambda item: [is_marked(item, marker) for marker in reversed(BUILDS)])
 
 

@@ -1,6 +1,13 @@
-"""Cells of a table of tests that others nearly imply: run by `make test-all`, left out of `make test` for time."""
+"""Cells of tables of tests that others nearly imply: run by `make test-all`, left out of `make test` for time.
 
-from collections.abc import Collection, Iterable
+Either mark the values of one parameter (`cells`), or name cells by their ids, where several parameters make one or the
+ids are written by hand (`rare`):
+
+    @rare("masked-*", "reset-dp2")
+"""
+
+import re
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -15,3 +22,28 @@ def cells(values: Iterable[Any], *, thorough: Collection[str]) -> list[Any]:
     unknown = set(thorough) - {str(value) for value in values}
     assert not unknown, f"no such cells: {unknown}"
     return found
+
+
+def rare(*ids: str) -> pytest.MarkDecorator:
+    """Of a test with parameters: these cells are for `make test-all`; `*` stands for anything."""
+    return pytest.mark.rare(*ids)
+
+
+def mark_rare(items: Sequence[pytest.Item], *, all_collected: bool) -> None:
+    """Cells that `rare` names get the marker ``thorough``; where all are collected, each name must have a cell."""
+    without: dict[Any, set[str]] = {}
+    for item in items:
+        mark = item.get_closest_marker("rare")
+        if mark is None:
+            continue
+        assert isinstance(item, pytest.Function)
+        named = {name for name in mark.args if _pattern(name).fullmatch(item.callspec.id)}
+        without.setdefault(item.function, set(mark.args)).difference_update(named)
+        if named:
+            item.add_marker("thorough")
+    stale = {function.__qualname__: names for function, names in without.items() if names}
+    assert not (all_collected and stale), f"tests.thorough.rare: no such cells: {stale}"
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(re.escape(name).replace(r"\*", ".*"))

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from tests.runs import make_corpus, tiny
+from tests.thorough import rare
 
 LAUNCH_S = 240
 
@@ -89,6 +90,7 @@ def test_a_run_trains_resumes_and_speaks(run_file: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.ranks
+@rare("2")
 @pytest.mark.timeout(LAUNCH_S)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_in_order(run_file: Path, tmp_path: Path, number: int) -> None:
@@ -199,6 +201,7 @@ def test_a_killed_rank_ends_the_run_with_the_reason_and_leaves_nothing(run_file:
     assert "memory" in output.splitlines()[-1]
 
 
+@pytest.mark.thorough
 @pytest.mark.ranks
 @pytest.mark.timeout(LAUNCH_S)
 def test_a_launcher_that_is_killed_is_no_success(run_file: Path) -> None:

@@ -112,6 +112,7 @@ def test_a_pipeline_across_nodes_trains_as_on_one(
     assert all(not network.processes(name) for name in network.names)
 
 
+@pytest.mark.thorough
 @pytest.mark.ranks
 @pytest.mark.timeout(2 * WAIT_S)
 def test_zero_3_across_a_bad_line_trains_as_on_a_good_one(

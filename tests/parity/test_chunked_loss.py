@@ -11,6 +11,7 @@ from tests.parity.test_layouts import assert_same
 from tests.parity.test_objectives import BERT, T5
 from tests.ranks import RankPool
 from tests.runs import tiny
+from tests.thorough import rare
 
 STEPS = 4
 CHUNKS = {"loss": {"chunk_tokens": 24}}  # of the 64 tokens of a micro-batch: three, and not even
@@ -46,6 +47,7 @@ RARE = {"tp2-masked", "dp2-zero3-ahead", "dp2-zero2", "t5-dp2-zero3"}
 
 
 @pytest.mark.ranks
+@rare("t5-pp2-tp2+sp-zb-v", "untied-dp2-zero3")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.thorough] if name in RARE else []) for name in CELLS]
 )
@@ -58,6 +60,7 @@ def test_chunks_compute_what_whole_logits_do(
 
 
 @pytest.mark.ranks
+@rare("pp2")
 @pytest.mark.parametrize(
     "changes", [{"layout": SP2}, {"layout": {"pp": 2}, "deepspeed": "pipeline.json"}], ids=["tp2+sp", "pp2"]
 )

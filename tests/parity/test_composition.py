@@ -13,9 +13,9 @@ from tests.parity.record import record_raw
 from tests.parity.test_layouts import assert_same
 from tests.ranks import RankPool
 from tests.runs import tiny
-from tests.thorough import cells
+from tests.thorough import cells, rare
 
-STEPS = 5
+STEPS = 3
 TP_SP = {"layout": {"tp": 2, "sequence_parallel": True}, "deepspeed": "zero1.json"}
 PP = {"layout": {"pp": 2}, "deepspeed": "pipeline.json"}
 DP = {"layout": {}, "deepspeed": "zero2.json"}
@@ -29,6 +29,14 @@ DROPOUT = {"model__hidden_dropout": 0.1, "model__attention_dropout": 0.1}
 
 
 @pytest.mark.ranks
+@rare(
+    "reset-tp2+sp",
+    "reset-dp2*",
+    "masked-tp2+sp",
+    "masked-pp2",
+    "masked-dp2-zero3",
+    "reset-masked-learned-dp2",
+)
 @LAYOUTS
 @pytest.mark.parametrize(
     "data",
@@ -58,6 +66,15 @@ def test_document_boundaries_are_the_same_in_every_layout(
 
 
 @pytest.mark.ranks
+@rare(
+    "selective-pp2",
+    "selective-dp2",
+    "full-tp2+sp",
+    "full-pp2",
+    "full-dp2-zero3",
+    "every-3-tp2+sp",
+    "every-3-dp2*",
+)
 @LAYOUTS
 @pytest.mark.parametrize(
     "recompute",
@@ -107,7 +124,11 @@ def record_offloaded(raw: dict[str, Any], steps: int) -> tuple[Trace | None, int
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    "cell", cells(OFFLOADED, thorough={"dp2-zero3-full", "tp2+sp", "zb-h1", "interleaved"})
+    "cell",
+    cells(
+        OFFLOADED,
+        thorough={"dp2-zero3-full", "tp2+sp", "tp2+sp-zero3", "zb-h1", "interleaved", "interleaved-full"},
+    ),
 )
 def test_activations_may_wait_on_the_host_in_every_layout(
     ranks: RankPool, corpus: str, out: Path, cell: str
@@ -125,6 +146,7 @@ def test_activations_may_wait_on_the_host_in_every_layout(
 
 
 @pytest.mark.ranks
+@rare("interleaved-recompute")
 @pytest.mark.parametrize(
     "layout",
     [
@@ -148,6 +170,7 @@ def test_dropout_goes_with_samples_and_layers_whatever_the_layout(
 
 
 @pytest.mark.ranks
+@rare("gpt2-like-dp2*", "window-relu2-nope-tp2+sp", "window-relu2-nope-pp2", "window-relu2-nope-dp2")
 @LAYOUTS
 @pytest.mark.parametrize(
     "model",

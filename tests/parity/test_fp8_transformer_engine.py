@@ -21,7 +21,7 @@ from tests.parity.test_layouts import assert_same
 from tests.pretrain import test_resume
 from tests.ranks import RankPool
 from tests.runs import tiny
-from tests.thorough import cells
+from tests.thorough import cells, rare
 
 STEPS = 4
 FP8 = {"recipe": "delayed", "backend": "auto", "amax_history": 2}
@@ -110,6 +110,7 @@ def test_resuming_is_running_through(
 
 
 @pytest.mark.ranks
+@rare("to another recipe")
 @pytest.mark.parametrize("way", ["from bf16", "to bf16", "to another recipe", "to our own products"])
 def test_a_run_may_change_its_format_when_it_resumes(
     ranks: RankPool, corpus: str, tmp_path: Path, way: str

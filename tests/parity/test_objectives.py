@@ -11,7 +11,7 @@ from tests.parity.test_layouts import assert_same
 from tests.ranks import RankPool
 from tests.runs import tiny
 
-STEPS = 5
+STEPS = 3
 BERT = {
     "model": {"preset": "tiny-bert", "num_layers": 4, "vocab_size": None, "init_std": 0.1},
     "data__objective": {"kind": "mlm", "second_task": "next_sentence", "unit": "word"},
@@ -68,6 +68,8 @@ RARE = {
     *((kind, "dp2-zero0") for kind in IN_ALL),
     *(("electra", layout) for layout in ("tp2", "dp2-zero2", "pp2-dp2", "pp2-interleaved", "pp4-recompute")),
     *(("t5", layout) for layout in ("dp2-zero2", "pp2-dp2", "pp2-interleaved")),
+    *((kind, "tp2+sp-zero3") for kind in ("norms-before", "roberta", "electra", "fim")),
+    *((kind, "pp2-tp2+sp-zb-v") for kind in ("norms-before", "roberta", "t5-1.1-ul2-rotary")),
 }
 CELLS = [
     pytest.param(

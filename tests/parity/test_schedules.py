@@ -20,8 +20,10 @@ from tests.parity.record import record_raw
 from tests.parity.test_layouts import assert_same
 from tests.ranks import RankPool
 from tests.runs import tiny
+from tests.thorough import rare
 
-STEPS = 5
+STEPS = 5  # of schedules alone
+FEW = 3  # of schedules with something else
 MANY = {"batch": {"global_size": 8, "micro_size": 1}, "model__num_layers": 6}  # 4 or 8 micro-batches
 FAMILIES = {
     "gpipe": 1,
@@ -42,6 +44,7 @@ def pipeline(name: str, pp: int, **layout: Any) -> dict[str, Any]:
 
 
 @pytest.mark.ranks
+@rare("gpipe-4-*", "eager-4-*", "zb-h1-2-tied", "1f1b-4-untied", "interleaved-2-untied", "interleaved-zb-2-*")
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("pp", [2, 4])
 @pytest.mark.parametrize("name", FAMILIES)
@@ -81,6 +84,7 @@ def stock_1f1b(raw: dict[str, Any], steps: int) -> list[float]:
 
 
 @pytest.mark.ranks
+@rare("4")
 @pytest.mark.parametrize("pp", [2, 4])
 def test_ours_is_deepspeeds_own_1f1b(ranks: RankPool, corpus: str, out: Path, pp: int) -> None:
     """Without clipping, since its norm without ZeRO is that of stage 0 alone."""
@@ -95,6 +99,11 @@ def test_ours_is_deepspeeds_own_1f1b(ranks: RankPool, corpus: str, out: Path, pp
 
 
 @pytest.mark.ranks
+@rare(
+    "zb-v-{'recompute': {'mode': 'full', 'every': 2}}",
+    "interleaved-{'layout__partition': [0, 2, 4, 5, 9]}",
+    "zb-v-{'deepspeed': 'zero0.json'}",
+)
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
@@ -121,11 +130,12 @@ def test_schedules_go_with_everything_else(
 ) -> None:
     data = {key: value for key, value in changes.items() if key.startswith("data")}
     raw = tiny(corpus, out, **{**MANY, **pipeline(name, 2), **changes})
-    trace = ranks.run(record_raw, 2, raw, STEPS)[0]
-    assert_same(trace, one_process(STEPS, **MANY, **data))
+    trace = ranks.run(record_raw, 2, raw, FEW)[0]
+    assert_same(trace, one_process(FEW, **MANY, **data))
 
 
 @pytest.mark.ranks
+@rare("interleaved-{'tp': 2, 'sequence_parallel': True}-4", "interleaved-{}-4", "zb-h1-{'tp': 2}-4")
 @pytest.mark.parametrize(
     ("name", "layout", "world_size"),
     [
@@ -147,11 +157,12 @@ def test_schedules_go_with_tensor_and_data_parallelism(
     world_size: int,
 ) -> None:
     raw = tiny(corpus, out, **MANY, **pipeline(name, 2, **layout))
-    trace = ranks.run(record_raw, world_size, raw, STEPS)[0]
-    assert_same(trace, one_process(STEPS, **MANY))
+    trace = ranks.run(record_raw, world_size, raw, FEW)[0]
+    assert_same(trace, one_process(FEW, **MANY))
 
 
 @pytest.mark.ranks
+@rare("1f1b-bf16", "interleaved-fp32")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["1f1b", "interleaved"])
 def test_zero_2_in_a_pipeline_computes_what_one_process_does(
@@ -159,8 +170,8 @@ def test_zero_2_in_a_pipeline_computes_what_one_process_does(
 ) -> None:
     changes = {**MANY, "model__tie_embeddings": False}
     sharded = {**pipeline(name, 2), "deepspeed": "zero2.json", "precision": dtype}
-    trace = ranks.run(record_raw, 4, tiny(corpus, out, **changes, **sharded), STEPS)[0]
-    wanted = one_process(STEPS, **changes)
+    trace = ranks.run(record_raw, 4, tiny(corpus, out, **changes, **sharded), FEW)[0]
+    wanted = one_process(FEW, **changes)
     if dtype == "fp32":
         assert_same(trace, wanted)
     else:
@@ -168,6 +179,7 @@ def test_zero_2_in_a_pipeline_computes_what_one_process_does(
 
 
 @pytest.mark.ranks
+@rare("zb-h1-True")
 @pytest.mark.parametrize(("name", "offload"), [("interleaved", True), ("zb-h1", True), ("zb-v", False)])
 def test_bf16_is_the_same_in_every_schedule(
     ranks: RankPool, corpus: str, out: Path, tmp_path: Path, name: str, offload: bool
@@ -178,8 +190,8 @@ def test_bf16_is_the_same_in_every_schedule(
     document.write_text(f'{{"zero_optimization": {{"stage": 1{more}}}}}')
     changes = {**MANY, "precision": "bf16"}
     plain = {**pipeline("1f1b", 2), "deepspeed": str(document)}
-    wanted = ranks.run(record_raw, 2, tiny(corpus, out, **changes, **plain), STEPS)[0]
+    wanted = ranks.run(record_raw, 2, tiny(corpus, out, **changes, **plain), FEW)[0]
     raw = tiny(corpus, out, **changes, **{**pipeline(name, 2), "deepspeed": str(document)})
-    found = ranks.run(record_raw, 2, raw, STEPS)[0]
+    found = ranks.run(record_raw, 2, raw, FEW)[0]
     assert found.losses == pytest.approx(wanted.losses, rel=2e-3)
     assert found.grad_norms == pytest.approx(wanted.grad_norms, rel=2e-2)

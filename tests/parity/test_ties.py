@@ -13,6 +13,7 @@ from tests.parity.record import record_raw
 from tests.parity.test_layouts import assert_same
 from tests.ranks import RankPool
 from tests.runs import tiny
+from tests.thorough import rare
 
 PIPELINE = '{"zero_optimization": {"stage": 1%s}}'
 OFFLOAD = ', "offload_optimizer": {"device": "cpu"}'
@@ -27,6 +28,7 @@ def drift(raw: dict[str, Any], steps: int) -> tuple[float, int]:
 
 
 @pytest.mark.ranks
+@rare("4-1-bf16-", "4-1-fp32-offload", "4-1-bf16-offload", "2-2-fp32-offload")
 @pytest.mark.parametrize("offload", ["", OFFLOAD], ids=["", "offload"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize(("pp", "dp"), [(2, 1), (4, 1), (2, 2)])

@@ -21,6 +21,7 @@ from pretrain.run import make_eight_bits_watch
 from tests.opened import Opened, opened
 from tests.ranks import RankPool
 from tests.runs import tiny
+from tests.thorough import rare
 
 VICTIM = "layers.2.mlp.linear_fc1"
 SPOILT_STEP = 2
@@ -199,6 +200,7 @@ def test_every_layout_tells_the_same(
 
 
 @pytest.mark.ranks
+@rare("zero3-recompute")
 @pytest.mark.parametrize("changes", [TP_SP, PP, ZERO_3], ids=["tp2+sp", "pp2", "zero3-recompute"])
 def test_a_linear_that_overflows_goes_back_on_every_rank_and_stays_when_the_run_resumes(
     ranks: RankPool, corpus: str, tmp_path: Path, changes: dict[str, Any]
@@ -270,6 +272,7 @@ def test_what_is_not_finite_without_fp8_either_stops_the_run(ranks: RankPool, co
 
 
 @pytest.mark.ranks
+@rare("zero3-recompute")
 @pytest.mark.parametrize("changes", [ZB_V, ZERO_3], ids=["zb-v", "zero3-recompute"])
 def test_a_gap_takes_the_run_back_and_a_look_changes_nothing(
     ranks: RankPool, corpus: str, tmp_path: Path, changes: dict[str, Any]

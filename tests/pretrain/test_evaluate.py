@@ -10,11 +10,12 @@ from pretrain.evaluate import evaluate_all
 from tests.opened import opened
 from tests.ranks import RankPool
 from tests.runs import make_corpus, tiny
+from tests.thorough import rare
+
+Losses = tuple[dict[str, float], list[float]]  # by validation set, and of training
 
 
-def evaluate_and_train(
-    raw: dict[str, Any], *, evaluate_first: bool = True
-) -> tuple[dict[str, float], list[float]]:
+def evaluate_and_train(raw: dict[str, Any], *, evaluate_first: bool = True) -> Losses:
     """Validation losses of the initial weights, then the losses of two steps, evaluating between them."""
     with opened(raw) as here:
         engine, data, run = here.engine, here.data, here.run
@@ -37,7 +38,35 @@ def named_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
+@pytest.fixture(scope="module")
+def reference(
+    ranks: RankPool, corpus: str, named_sets: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Losses:
+    """Of one process."""
+    base = {"data__validation": named_sets, "train__eval_samples": 10, "deepspeed": "zero0.json"}
+    found: list[Losses] = ranks.run(
+        evaluate_and_train, 1, tiny(corpus, tmp_path_factory.mktemp("reference"), **base)
+    )
+    return found[0]
+
+
 @pytest.mark.ranks
+@rare(
+    "None-dp2",
+    "None-tp2+sp",
+    "None-pp2-dp2",
+    "None-zb-v",
+    "None-interleaved",
+    "1-dp2",
+    "1-dp2-zero3",
+    "1-pp2",
+    "1-pp2-dp2",
+    "1-zb-v",
+    "3-dp2-zero3",
+    "3-tp2+sp",
+    "3-pp2",
+    "3-interleaved",
+)
 @pytest.mark.parametrize(
     ("world_size", "changes"),
     [
@@ -56,6 +85,7 @@ def test_validation_losses_do_not_depend_on_the_layout(
     ranks: RankPool,
     corpus: str,
     named_sets: dict[str, str],
+    reference: Losses,
     out: Path,
     world_size: int,
     changes: dict[str, Any],
@@ -63,7 +93,6 @@ def test_validation_losses_do_not_depend_on_the_layout(
 ) -> None:
     """10 samples fill no step of 4 or 6: fillers must not count. Under a pipeline, shapes change and change back."""
     base = {"data__validation": named_sets, "train__eval_samples": 10}
-    reference = ranks.run(evaluate_and_train, 1, tiny(corpus, out, **base, deepspeed="zero0.json"))[0]
     raw = tiny(corpus, out, **base, **changes, train__eval_micro_size=micro_size)
     for losses_by_set, losses in ranks.run(evaluate_and_train, world_size, raw):
         assert losses_by_set == pytest.approx(reference[0], rel=1e-6)

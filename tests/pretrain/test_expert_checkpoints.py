@@ -14,7 +14,7 @@ from pretrain.errors import RunError
 from pretrain.parity import Tensors
 from tests.pretrain.test_resume import eight, go_on, refused, train
 from tests.ranks import RankPool
-from tests.thorough import cells
+from tests.thorough import cells, rare
 
 MOE = {
     "num_experts": 4,
@@ -41,6 +41,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 @pytest.mark.ranks
+@rare("ep2", "tp2-ep2-etp2")
 @pytest.mark.parametrize(
     "layout", cells(list(LAYOUTS)[1:], thorough=["ep2-bf16", "ep2-dp2-zero2", "ep2-cpu", "tp2-ep4"])
 )
@@ -78,6 +79,7 @@ class Silent:
 
 
 @pytest.mark.ranks
+@rare("tp2-ep2-etp2")
 @pytest.mark.parametrize("layout", ["ep2-zero3", "tp2-ep2-etp2", "pp2-ep2"])
 def test_weights_and_biases_of_any_layout_start_a_run_of_any_other(
     ranks: RankPool, corpus: str, tmp_path: Path, layout: str

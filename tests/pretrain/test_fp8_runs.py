@@ -11,7 +11,7 @@ from tests.parity.test_fp8 import of
 from tests.pretrain.test_resume import eight, steps, train
 from tests.ranks import RankPool
 from tests.runs import tiny
-from tests.thorough import cells
+from tests.thorough import cells, rare
 
 
 @pytest.mark.ranks
@@ -47,6 +47,7 @@ def test_a_run_goes_on_in_another_format(
 
 
 @pytest.mark.ranks
+@rare("nvfp4")
 @pytest.mark.parametrize("recipe", cells(RECIPES, thorough=("current", "mxfp8")))
 def test_a_run_learns_in_eight_bits_what_it_learns_in_sixteen(
     ranks: RankPool, corpus: str, out: Path, recipe: str

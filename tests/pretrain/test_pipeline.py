@@ -26,12 +26,14 @@ from tests.parity.test_layouts import assert_same
 from tests.pretrain.test_resume import eight, refused, train
 from tests.ranks import RankError, RankPool
 from tests.runs import tiny
+from tests.thorough import rare
 
 V = {"pp": 2, "chunks": 2, "schedule": "zb-v"}
 INTERLEAVED = {"pp": 2, "chunks": 2, "schedule": "interleaved"}
 
 
 @pytest.mark.ranks
+@rare("interleaved")
 @pytest.mark.parametrize("layout", [V, INTERLEAVED], ids=["zb-v", "interleaved"])
 def test_resuming_equals_running_through_bit_for_bit(
     ranks: RankPool, corpus: str, tmp_path: Path, layout: dict[str, Any]

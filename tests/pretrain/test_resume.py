@@ -24,7 +24,7 @@ from pretrain.run import make_engine, make_plan, make_state
 from tests.divided import HALF, two_devices
 from tests.ranks import RankPool
 from tests.runs import tiny
-from tests.thorough import cells
+from tests.thorough import cells, rare
 
 DROPOUT = {"model__hidden_dropout": 0.1, "model__attention_dropout": 0.1}
 DELAYED = {"recipe": "delayed", "amax_history": 4}
@@ -59,6 +59,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 RARE = ("dp2-zero3-fp8", "dp2-zero3-bf16", "pp2-zero0", "dp2-zero2-cpu", "dp2-lion", "dp2-muon", "tp2+sp")
+RARE += ("dp2-zero1-bf16", "dp2-zero2", "pp2", "dp2-galore-zero2")
 RARE += ("one-adamw8bit-zero0", "dp2-adamw8bit-zero3", "one-adafactor-zero0", "pp2-dp2-galore-bf16")
 # DeepSpeed leaves tensors below 1 MB in memory: here matrices go to the disk, and norms do not.
 LARGE_ENOUGH = {"model__hidden_size": 512, "model__ffn_hidden_size": 1024, "model__num_layers": 2}
@@ -322,6 +323,7 @@ def test_only_the_last_n_checkpoints_stay(ranks: RankPool, corpus: str, out: Pat
 
 
 @pytest.mark.ranks
+@rare("dp2-zero3")
 @pytest.mark.parametrize("layout", ["dp2-zero3", "tp2+sp", "pp2"])
 def test_weights_of_any_layout_start_a_run_of_any_other(
     ranks: RankPool, corpus: str, tmp_path: Path, layout: str
