@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 DEMO := demo
 GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ')
 # Two tests at a time: most wait for processes to start or to talk, and two cores do both.
-SIDE_BY_SIDE ?= -n 2 --dist loadfile
+# tests/conftest.py has the order.
+SIDE_BY_SIDE ?= -n 2 --dist loadfile --no-loadscope-reorder
 RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 
 .PHONY: help install demo demo-corpus demo-moe demo-bert demo-t5 test test-all check format bench clean

@@ -24,14 +24,21 @@ OneProcess = Callable[..., "Trace"]
 
 # Kernels by the marker of the tests that need them; the second takes minutes, so it is left to idle cores.
 BUILDS = {"ranks": "kernels()", "nvme": "os.nice(10); asynchronous_io()"}
+LONGEST = ("test_readme", "test_run_on_nodes", "test_run", "test_k8s")
 RUNNING = pytest.StashKey[dict[str, "subprocess.Popen[bytes]"]]()
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that need compiled kernels come last."""
+    """Tests that need compiled kernels come last, and of these first those that take minutes each."""
     mark_rare(items, all_collected=not any("::" in word for word in config.args))
-    items.sort(key=lambda item: [is_marked(item, marker) for marker in reversed(BUILDS)])
+    with_ranks = {item.path for item in items if is_marked(item, "ranks")}
+
+    def place(item: pytest.Item) -> list[Any]:
+        built = [is_marked(item, marker) for marker in reversed(BUILDS)]
+        return [built[0], item.path in with_ranks, item.path.stem not in LONGEST, *built[1:]]
+
+    items.sort(key=place)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
