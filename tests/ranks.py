@@ -209,8 +209,11 @@ def end_engines() -> None:
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     for thing in gc.get_objects():
-        if type(thing).__module__ != "builtins" and isinstance(thing, DeepSpeedEngine):
-            thing.destroy()
+        is_engine = type(thing).__module__ != "builtins" and isinstance(thing, DeepSpeedEngine)
+        if is_engine and not vars(thing).get("has_ended"):
+            thing.has_ended = True  # it may live on all the same, into a task without DeepSpeed
+            with contextlib.suppress(Exception):  # one that never came to its first step
+                thing.destroy()
 
 
 def forget(groups: set[Any]) -> None:
