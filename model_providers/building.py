@@ -93,7 +93,7 @@ class Building(NamedTuple):
         )
         eight_bits = None
         if fp8 is not None:
-            recomputes = recompute.mode == "full"
+            recomputes = recompute.repeats_linears
             eight_bits = choose_fp8(fp8, chosen, device, groups, recomputes=recomputes)
         return cls(
             model,

@@ -177,6 +177,9 @@ class Targets(NamedTuple):
     weights: torch.Tensor  # float32 [b s]; the loss is a weighted sum: the weights decide which mean it is
 
 
+WITH_LINEARS = {"mlp", "moe", "shared_experts", "mla_up_proj"}  # of RECOMPUTE_MODULES
+
+
 class Recompute(NamedTuple):
     """What the forward pass forgets and the backward pass computes again.
 
@@ -189,6 +192,11 @@ class Recompute(NamedTuple):
     every: int = 1
     modules: tuple[str, ...] = ("core_attn",)  # of RECOMPUTE_MODULES
     offload_above_bytes: int | None = None
+
+    @property
+    def repeats_linears(self) -> bool:
+        """Whether linear layers run once more, after a pass without gradients."""
+        return self.mode == "full" or (self.mode == "selective" and bool(WITH_LINEARS & set(self.modules)))
 
     def checked(self) -> "Recompute":
         if self.mode not in ("none", "selective", "full"):

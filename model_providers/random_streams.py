@@ -110,7 +110,10 @@ def _start(*parts: int | str) -> None:
     tracker.add(MODEL_PARALLEL_STREAM, derive_seed("model-parallel", *parts, _Now.tp_rank))
 
 
-def generator_here(name: str, device: torch.device) -> torch.Generator:
-    """A generator of its own for something called ``name``, a function of where this rank is like the streams."""
-    seed = derive_seed("own", *_Now.parts, _Now.micro_batch, name, _Now.tp_rank)
+def generator_here(name: str, device: torch.device, *, is_cut: bool) -> torch.Generator:
+    """A generator of its own for something called ``name``, a function of where this rank is like the streams.
+
+    ``is_cut``: tensor ranks hold different shares of it, else the same numbers.
+    """
+    seed = derive_seed("own", *_Now.parts, _Now.micro_batch, name, _Now.tp_rank if is_cut else 0)
     return torch.Generator(device).manual_seed(seed)

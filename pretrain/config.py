@@ -280,10 +280,14 @@ SHORT_FOR = {
 }
 
 
+def _is_short(value: Any) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool)
+
+
 def spelled_out(raw: dict[str, Any]) -> dict[str, Any]:
     """A run file's values with every section as a section."""
     spelled = {
-        key: {SHORT_FOR[key]: value} if key in SHORT_FOR and isinstance(value, str) else value
+        key: {SHORT_FOR[key]: value} if key in SHORT_FOR and _is_short(value) else value
         for key, value in raw.items()
     }
     if isinstance(spelled.get("schedule"), dict):

@@ -20,7 +20,7 @@ from pretrain.fp8_rules import FP8_RULES
 from pretrain.nested import get
 from pretrain.objective_rules import OBJECTIVE_RULES
 from pretrain.offload_rules import OFFLOAD_RULES, nvme_needs_a_folder
-from pretrain.optimizer_rules import OPTIMIZER_RULES, Rule, missing_package
+from pretrain.optimizer_rules import OPTIMIZER_RULES, Rule, missing_package, shared_over_stages
 from pretrain.recompute_rules import RECOMPUTE_RULES
 
 AUTO_SCHEDULE = "auto"  # measured and chosen on the ranks, see engine/auto_schedule.py
@@ -209,10 +209,11 @@ def zero_2_in_a_pipeline_is_sound(run: "Run") -> str | None:
             f"{where} and layout.schedule={layout.schedule}: gradient shards are summed after every backward pass, "
             "before the weights' half of it; use stage 1, or 1f1b or interleaved"
         )
-    if run.config.model.tie_embeddings:
+    shared = shared_over_stages(run.config.model)
+    if shared is not None:
         return (
-            f"{where} and model.tie_embeddings=true: the two stages that hold the embedding shard it differently; "
-            "use stage 1, or model.tie_embeddings=false"
+            f"{where} and {shared.what}: the stages that hold the same weights shard them differently; use stage 1"
+            + (", or model.tie_embeddings=false" if shared.is_by_choice else "")
         )
     if optimizer_is_offloaded(dict(run.deepspeed)):
         return f"{where} and offload_optimizer: not tried together; use stage 1"

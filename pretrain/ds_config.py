@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pretrain.ds_offload import AUTO, fill_offload, offload_place
+from pretrain.ds_offload import AUTO, fill_offload, offload_faults, offload_place
 from pretrain.ds_schema import key_faults
 from pretrain.errors import RunError
 from pretrain.nested import get, leaves, put
@@ -30,6 +30,11 @@ TAKES = {
     "adagrad": {"eps"},
     "adamw8bit": {"betas", "eps"},
     "galore": {"betas", "eps"},
+    "radam": {"betas", "eps"},
+    "nadam": {"betas", "eps"},
+    "adamax": {"betas", "eps"},
+    "rmsprop": {"eps"},
+    "adadelta": {"eps"},
 }
 
 
@@ -90,11 +95,16 @@ def bring_together(
     stage = get(document, "zero_optimization.stage")
     if stage not in (None, 0, 1, 2, 3):
         reading.faults.append(f"{json_name}: zero_optimization.stage={_show(stage)}: must be 0, 1, 2 or 3")
+    reading.faults += [f"{json_name}: {fault}" for fault in offload_faults(document)]
     if reading.faults:
         return reading
     for pair in PAIRS:
         stated = get(reading.document, pair.json_key)
-        if stated is not None and stated != AUTO:
+        if pair.run_key == "optimizer.eps" and isinstance(
+            stated, list
+        ):  # Adafactor's two, which have no name there
+            _take(reading, pair.json_key, stated, where=f"{pair.json_key} in {json_name}", run_name=run_name)
+        elif stated is not None and stated != AUTO:
             _take(reading, pair.run_key, stated, where=f"{pair.json_key} in {json_name}", run_name=run_name)
     _read_dtype(reading, json_name=json_name, run_name=run_name)
     _read_optimizer_params(reading, json_name=json_name, run_name=run_name)

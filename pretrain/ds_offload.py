@@ -6,8 +6,8 @@ gathered, in a swap buffer, of which there are five (``stage3_max_reuse_distance
 So whatever goes to NVMe goes there wholly here, unless the JSON says otherwise.
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
 
 from pretrain.nested import get
 
@@ -44,6 +44,20 @@ def offload_ratio(document: Mapping[str, Any]) -> float:
         return 0.0
     ratio = get(dict(document), "zero_optimization.offload_optimizer.ratio")
     return 1.0 if ratio is None else float(ratio)
+
+
+def offload_faults(document: Mapping[str, Any]) -> Iterator[str]:
+    """Of what a user wrote: places that are none, shares that are no shares."""
+    zero = document.get("zero_optimization")
+    for name in ("offload_optimizer", "offload_param"):
+        section = _section(zero, name) if isinstance(zero, dict) else {}
+        device = section.get("device")
+        if device not in (None, *get_args(Place)):
+            yield f"zero_optimization.{name}.device={device}: choose none, cpu or nvme"
+        ratio = section.get("ratio")
+        is_number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
+        if ratio is not None and not (is_number and 0 <= ratio <= 1):
+            yield f"zero_optimization.{name}.ratio={ratio}: must be a share between 0 and 1"
 
 
 class SwapBuffers(NamedTuple):
@@ -105,7 +119,8 @@ def buffers_needed(optimizer: Mapping[str, Any]) -> int:
 
 def _sub_group(optimizer: Mapping[str, Any], sizes: Sizes) -> int:
     """Elements. Small ones are small buffers on the way to NVMe, and let a ratio be met; else there is one group."""
-    is_in_parts = optimizer.get("device") == "nvme" or float(optimizer.get("ratio", 1.0)) < 1.0
+    ratio = optimizer.get("ratio")
+    is_in_parts = optimizer.get("device") == "nvme" or (ratio is not None and ratio < 1)
     return max(1, sizes.largest_shard // SUB_GROUPS_OF_THE_LARGEST) if is_in_parts else WHOLE_SUB_GROUP
 
 

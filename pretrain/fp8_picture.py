@@ -1,5 +1,6 @@
 """A picture of a report on FP8: what the loss and the gradients lose with every mantissa bit, and by each recipe."""
 
+import math
 from pathlib import Path
 
 from pretrain.fp8_verdict import SAFE_GAP, Report
@@ -32,14 +33,21 @@ def _lines(place, report: Report, key: str) -> None:  # type: ignore[no-untyped-
     exponents = sorted({exponent for exponent, _ in report.sweep}, reverse=True)
     for exponent, colour in zip(exponents, ACCENTS, strict=False):
         points = [(m, vars(outcome)[key]) for (e, m), outcome in report.sweep.items() if e == exponent]
-        heights = [max(FLOOR, value) for _, value in points]
+        heights = [_height(value) for _, value in points]
         label = f"exponents of {exponent} bits"
         place.plot([m for m, _ in points], heights, "o-", color=colour, markersize=4, label=label)
 
 
+def _height(value: float) -> float:
+    """NaN, which is not drawn, stays what it is."""
+    return value if math.isnan(value) else max(FLOOR, value)
+
+
 def _recipes(place, report: Report, key: str) -> None:  # type: ignore[no-untyped-def]
     for number, (name, outcome) in enumerate(report.recipes.items()):
-        height = max(FLOOR, vars(outcome)[key])
+        height = _height(vars(outcome)[key])
+        if math.isnan(height):
+            name, height = f"{name}: not finite", FLOOR
         place.axhline(height, color=MUTED, linewidth=0.9, linestyle="--")
         place.annotate(
             name,

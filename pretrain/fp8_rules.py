@@ -1,12 +1,9 @@
 """What goes with FP8: rules of `config_rules`, kept apart for their subject."""
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from model_providers.config import ModelConfig
 from model_providers.fp8.config import BLOCKS, Fp8Config, GuardConfig, Recipe
-from model_providers.layout import Layout
-from pretrain.fp8_te_rules import linear_widths, transformer_engine_can
+from pretrain.fp8_te_rules import linear_widths, shared_widths, transformer_engine_can
 from pretrain.optimizer_rules import Rule
 
 if TYPE_CHECKING:  # Run holds what the rules look at; config_io imports this module
@@ -76,13 +73,6 @@ def blocks_are_not_cut_by_tp(run: "Run") -> str | None:
                 f"multiple of the {size} numbers that share a scale; use a smaller tp, or fp8.recipe=current"
             )
     return None
-
-
-def shared_widths(model: ModelConfig, layout: Layout) -> Iterator[tuple[str, int]]:
-    """What tp cuts of the linears of a block, elements on each rank."""
-    yield "the attention's projection", (model.query_width + 2 * model.kv_width) // layout.tp
-    yield "the attention's output", model.query_width // layout.tp
-    yield "the MLP", model.ffn_width // layout.tp
 
 
 def emulated_on_cuda(run: "Run", fp8: Fp8Config) -> str | None:

@@ -1,6 +1,6 @@
 """What Transformer Engine's FP8 cannot do that ours can: refused where it is asked for by name, else ours is taken."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from model_providers.config import ModelConfig
@@ -111,16 +111,32 @@ def settled_fp8(run: "Run") -> tuple[Fp8Config | None, str | None]:
 
 def linear_widths(model: ModelConfig, layout: Layout) -> list[tuple[str, int]]:
     """Of what linears of blocks take and give, elements on a rank."""
-    widths = [("the model", model.hidden_size), ("the MLP", model.ffn_width // layout.tp)]
-    if model.mla is None:
-        widths.append(("the attention's projection", (model.query_width + 2 * model.kv_width) // layout.tp))
-        widths.append(("the attention's output", model.query_width // layout.tp))
-    else:
-        heads = model.num_attention_heads // layout.tp
-        widths.append(("the attention's output", heads * model.mla.v_head_dim))
+    widths = [("the model", model.hidden_size), *shared_widths(model, layout)]
+    if model.mla is not None:
         widths += [("the keys' and values' rank", model.mla.kv_lora_rank)]
         widths += [("the queries' rank", model.mla.q_lora_rank)] if model.mla.q_lora_rank else []
+    if model.electra is not None:
+        widths.append(("the generator", model.generator.hidden_size))
     return widths
+
+
+def shared_widths(model: ModelConfig, layout: Layout) -> Iterator[tuple[str, int]]:
+    """What tp cuts of the linears of blocks, elements on each rank; routed experts run in 16 bits."""
+    tp = layout.tp
+    yield "the attention's output", model.value_width // tp
+    if model.mla is None:
+        yield "the attention's projection", (model.query_width + 2 * model.kv_width) // tp
+    else:
+        yield "the queries' projection", model.query_width // tp
+        width = model.mla.qk_nope_head_dim + model.mla.v_head_dim
+        yield "the keys' and values' projection", model.num_attention_heads * width // tp
+    if not all(model.has_experts(layer) for layer in range(model.num_layers)):
+        yield "the MLP", model.ffn_width // tp
+    if model.moe is not None and model.moe.shared_ffn_hidden_size:
+        yield "the shared experts", model.moe.shared_ffn_hidden_size // tp
+    if model.electra is not None:
+        for name, width in shared_widths(model.generator, layout):
+            yield name.replace("the ", "the generator's ", 1), width
 
 
 def _above(length: int, multiple: int) -> int:

@@ -21,6 +21,7 @@ from model_providers.fp8.scaling import Operand, Scaling
 from model_providers.fp8.simulated import SimulatedScaling
 from model_providers.fp8.tally import OPERANDS, Facts, Tally, facts_of
 from model_providers.layout import Layout
+from model_providers.random_streams import begin_micro_batch
 from pretrain.batches import to_device
 from pretrain.engine.base import MicroBatch
 from pretrain.generate import Trained
@@ -143,7 +144,8 @@ class Subject:
         """Of the mean loss, which comes next, and the sharpness."""
         total: Gradients = [torch.zeros_like(p, dtype=torch.float32) for p in self.parameters]
         loss, largest = 0.0, 0.0
-        for batch in micro_batches:
+        for number, batch in enumerate(micro_batches):
+            begin_micro_batch(number)  # what is rounded at random has its own numbers in each
             output = self._forward(batch)
             largest += self._largest(output, batch)
             part = self.trained.plan.loss(output, batch.targets)

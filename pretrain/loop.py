@@ -65,6 +65,7 @@ class Loop:
         guard = FiniteGuard(is_fp16=run.config.precision.dtype == "fp16")
         with StopSignal().listening() as stop:
             if first_step == 0 and run.config.train.eval_at_start:
+                engine.deepspeed.eight_bits.begin(first_step)
                 self._tell_start()
             for step in range(first_step, run.config.train.steps):
                 started_s = time.perf_counter()

@@ -114,7 +114,8 @@ def fast_init_has_buffers(run: "Run") -> str | None:
 
 
 def layers_on_nvme_are_let_go(run: "Run") -> str | None:
-    reuse = get(dict(run.deepspeed), "zero_optimization.stage3_max_reuse_distance")
+    zero = run.deepspeed["zero_optimization"]
+    reuse = zero.get("stage3_max_reuse_distance", zero.get("max_reuse_distance"))
     parameters = _section(run, "offload_param")
     if parameters.get("device") == "nvme" and not parameters.get("max_in_cpu") and reuse:
         return (
@@ -144,6 +145,11 @@ def partial_offload_is_heard(run: "Run") -> str | None:
     if optimizer["type"].lower() not in ADAM_LIKE or optimizer["params"].get("torch_adam"):
         return (
             f"{where}: DeepSpeed divides its own CPU Adam only; use optimizer.type=AdamW without torch_adam"
+        )
+    if optimizer["params"].get("adam_w_mode") is False:
+        return (
+            f"{where} with adam_w_mode=false: the share on the device is stepped by AdamW, which decays weights apart "
+            "from the gradient; use AdamW's way for both, or leave ratio out"
         )
     return None
 

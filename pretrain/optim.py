@@ -67,11 +67,11 @@ def _fall(lowest: float, height: float) -> float:
 
 
 def parameter_groups(
-    named: Iterable[tuple[str, Any]], optimizer: OptimizerConfig, tied_names: Collection[str] = ()
+    named: Iterable[tuple[str, Any]], optimizer: OptimizerConfig, tied: Collection[str] = ()
 ) -> list[dict[str, Any]]:
     """Two groups: matrices, which are decayed, and norms and biases, which are not; one if nothing is decayed.
 
-    ``tied_names``: a head that is tied to the embedding is an embedding, on whatever rank it stands.  Under
+    ``tied``: names of what is tied to the embedding, an embedding on whatever rank it stands.  Under
     ZeRO-3 a parameter's own shape is that of its shard, so the whole one (``ds_shape``) decides.
     """
     if optimizer.weight_decay == 0:
@@ -79,7 +79,7 @@ def parameter_groups(
     groups: dict[bool, list[Any]] = {True: [], False: []}
     for name, parameter in named:
         is_matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
-        is_embedding = name.startswith("embedding.") or name in tied_names
+        is_embedding = name.startswith("embedding.") or name in tied
         groups[is_matrix and (optimizer.decay_embeddings or not is_embedding)].append(parameter)
     return [
         {"params": groups[True], "weight_decay": optimizer.weight_decay},

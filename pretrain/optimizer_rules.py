@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from pretrain.ds_config import optimizer_is_offloaded
+from pretrain.ds_config import TAKES, optimizer_is_offloaded
 from pretrain.ds_schema import nearest
 from pretrain.optimizer_facts import (
     BY_ROWS,
@@ -19,6 +19,7 @@ from pretrain.optimizer_facts import (
 )
 
 if TYPE_CHECKING:  # Run holds what the rules look at; config_io imports this module
+    from model_providers.config import ModelConfig
     from pretrain.config_io import Run
 
 Rule = Callable[["Run"], str | None]
@@ -37,6 +38,23 @@ def optimizer_exists(run: "Run") -> str | None:
     if canonical(kind) not in OPTIMIZERS:
         return f"optimizer.type={kind}: there are {', '.join(OPTIMIZERS)}"
     return None
+
+
+def the_optimizer_hears_its_words(run: "Run") -> str | None:
+    """betas and eps have names of their own in the run file, and not every optimizer has them."""
+    optimizer = run.config.optimizer
+    kind = canonical(optimizer.type)
+    stated = {
+        key
+        for key in ("betas", "eps")
+        if getattr(optimizer, key) != type(optimizer).model_fields[key].default
+    }
+    deaf = sorted(stated - TAKES.get(kind.lower(), set()))
+    if not deaf or optimizer_exists(run) is not None:
+        return None
+    own = ", ".join(LIGHT_PARAMETERS.get(kind, {}))
+    way_out = f"leave it out; optimizer.params has {own}" if own else "leave it out"
+    return f"optimizer.{deaf[0]}={getattr(optimizer, deaf[0])} with optimizer.type={kind}: it has none; {way_out}"
 
 
 def zero_knows_the_optimizer(run: "Run") -> str | None:
@@ -116,22 +134,41 @@ def light_partitions_lie_in_order(run: "Run") -> str | None:
     return None
 
 
+class Shared(NamedTuple):
+    """Weights that several layers use, so that pipeline stages hold copies of them."""
+
+    what: str
+    is_by_choice: bool  # whether untying head and embedding ends it
+
+
+def shared_over_stages(model: "ModelConfig") -> Shared | None:
+    """None if every weight is one layer's."""
+    if model.t5 is not None:
+        return Shared("model.t5, whose stacks share tables", False)
+    if model.mtp is not None:
+        return Shared(f"model.mtp.depth={model.mtp.depth}, whose layers embed once more", False)
+    if model.electra is not None:
+        return Shared("model.electra, whose two models share the embedding", False)
+    return Shared("model.tie_embeddings=true", True) if model.tie_embeddings else None
+
+
 def tied_copies_take_the_same_steps(run: "Run") -> str | None:
     """Each stage that holds a tied weight updates its own copy, which lies elsewhere in its own partitions."""
     kind = canonical(run.config.optimizer.type)
-    if run.layout.pp == 1 or not run.zero_stage or not run.config.model.tie_embeddings:
+    shared = shared_over_stages(run.config.model)
+    if run.layout.pp == 1 or not run.zero_stage or shared is None:
         return None
     if kind == "AdamW8bit":
-        why = "the two stages that hold the embedding would round it in other blocks of 256, and part"
+        why = "the stages that hold the same weights would round them in other blocks of 256, and part"
     elif run.layout.dp > 1 and (
         kind == "Adafactor" or (kind == "GaLore" and run.config.optimizer.params.get("embeddings"))
     ):
-        why = "the two stages that hold the embedding would sum its rows in another order, and part"
+        why = "the stages that hold the same weights would sum their rows in another order, and part"
     else:
         return None
     return (
         f"optimizer.type={kind} with layout.pp={run.layout.pp}, zero_optimization.stage={run.zero_stage} and "
-        f"model.tie_embeddings=true: {why}; use model.tie_embeddings=false, pp=1, or Lion"
+        f"{shared.what}: {why}; use {'model.tie_embeddings=false, ' if shared.is_by_choice else ''}pp=1, or Lion"
     )
 
 
@@ -217,6 +254,7 @@ def final_decay_begins_after_warmup(run: "Run") -> str | None:
 
 OPTIMIZER_RULES: tuple[Rule, ...] = (
     optimizer_exists,
+    the_optimizer_hears_its_words,
     zero_knows_the_optimizer,
     offload_knows_the_optimizer,
     light_parameters_are_known,

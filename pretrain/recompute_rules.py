@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from pretrain.config_io import Run
 
 INSIDE_MOE = ("moe_act", "shared_experts")
+OUTPUTS = ("layernorm", "moe_act", "mla_up_proj")  # forgotten by their outputs, not by what they keep
 WHY_NOT = {
     "layernorm": "model.bert.norm=post, whose norms stand after the sums",
     "mlp": "experts in every layer",
@@ -56,6 +57,37 @@ def nothing_is_recomputed_twice(run: "Run") -> str | None:
     )
 
 
+def what_is_forgotten_does_not_wait(run: "Run") -> str | None:
+    """megatron-core forgets these outputs after the next module has kept them (tensor_parallel/random.py,
+    CheckpointWithoutOutput): a copy on the host would be what that module reads, and nothing would be forgotten.
+    """
+    recompute = run.config.recompute
+    kept = [name for name in recompute.forgotten if name in OUTPUTS]
+    if not (recompute.offload and recompute.mode == "selective" and kept):
+        return None
+    return (
+        f"recompute.offload=true with recompute.modules={told(recompute.forgotten)}: what the next module keeps of "
+        f"{kept[0]} would wait in the CPU's memory all the same, and nothing be forgotten; leave out "
+        f"{', '.join(kept)}, or use recompute.mode=full"
+    )
+
+
+def words_of_recompute_are_heard(run: "Run") -> str | None:
+    recompute = run.config.recompute
+    usual = type(recompute).model_fields["offload_above_bytes"].default
+    if recompute.offload_above_bytes != usual and not recompute.offload:
+        return (
+            f"recompute.offload_above_bytes={recompute.offload_above_bytes} without recompute.offload=true: nothing is "
+            "offloaded; set it, or leave offload_above_bytes out"
+        )
+    if recompute.every != 1 and recompute.mode != "full":
+        return (
+            f"recompute.every={recompute.every} with recompute.mode={recompute.mode}: only full recompute counts "
+            "layers; set recompute.mode=full, or leave every out"
+        )
+    return None
+
+
 def relative_positions_keep_their_attention(run: "Run") -> str | None:
     recompute = run.config.recompute
     forgets = recompute.mode == "selective" and "core_attn" in recompute.forgotten
@@ -76,5 +108,7 @@ RECOMPUTE_RULES: tuple[Rule, ...] = (
     modules_are_for_selective_recompute,
     modules_to_recompute_are_there,
     nothing_is_recomputed_twice,
+    what_is_forgotten_does_not_wait,
+    words_of_recompute_are_heard,
     relative_positions_keep_their_attention,
 )

@@ -26,7 +26,7 @@ from model_providers.layer_plan import (
 from model_providers.losses import WeightedLoss
 from pretrain.batches import Feed, open_run_data
 from pretrain.checkpoint import save_load, store
-from pretrain.checkpoint.state import RunState, layout_of, model_of
+from pretrain.checkpoint.state import RunState, layout_of, model_of, optimizer_of
 from pretrain.checkpoint.store import TOKENIZER, WEIGHTS, folder_name, write_whole
 from pretrain.checkpoint.upcycle import Upcycler
 from pretrain.checkpoint.weights import WeightLoader
@@ -272,6 +272,7 @@ def make_state(run: Run, data: TrainingData, *, step: int) -> RunState:
         data_fingerprint=data.fingerprint(),
         next_samples=data.next_samples_hash(consumed_samples, num_samples=SAMPLES_COMPARED),
         seed=run.config.train.seed,
+        optimizer=optimizer_of(run),
     )
 
 

@@ -110,7 +110,9 @@ class Scaling:
         if operand == "weight":
             rows = quantise_nvfp4(x, unit, (size, size))
             return Sides(rows, rows.transposed() if both else None)
-        chance = generator_here(self.name, x.device) if operand == "gradient" else None
+        chance = None
+        if operand == "gradient":
+            chance = generator_here(self.name, x.device, is_cut=operand in self._cut)
         rows = quantise_nvfp4(x, unit, (1, size), chance)
         if not both:
             return Sides(rows, None)

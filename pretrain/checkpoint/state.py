@@ -15,6 +15,7 @@ from pretrain.config_io import Run
 from pretrain.config_rules import AUTO_SCHEDULE
 from pretrain.errors import RunError
 from pretrain.nested import leaves
+from pretrain.optimizer_facts import canonical, galore_params
 from pretrain.run_file import read_yaml
 
 FORMAT = 1
@@ -32,6 +33,7 @@ class RunState:
     data_fingerprint: str
     next_samples: str  # hash of the samples that come next
     seed: int
+    optimizer: dict[str, Any] | None = None  # what its states fit; None in older checkpoints
     format: int = FORMAT
 
     def to_json(self) -> str:
@@ -42,7 +44,7 @@ class RunState:
         raw = json.loads(path.read_text("utf-8"))
         if raw.get("format") != FORMAT:
             raise RunError(f"{path}: format {raw.get('format')}, this version reads {FORMAT}")
-        return cls(**{field.name: raw[field.name] for field in fields(cls)})
+        return cls(**{field.name: raw[field.name] for field in fields(cls) if field.name in raw})
 
 
 def layout_of(run: Run) -> dict[str, Any]:
@@ -58,6 +60,14 @@ def layout_of(run: Run) -> dict[str, Any]:
         "zero_stage": run.zero_stage,
         **(pipeline if layout.pp > 1 else {}),
     }
+
+
+def optimizer_of(run: Run) -> dict[str, Any]:
+    """What its states depend on."""
+    optimizer = run.config.optimizer
+    kind = canonical(optimizer.type)
+    shape = {"rank": galore_params(optimizer.params).rank} if kind == "GaLore" else {}
+    return {"type": kind, "decays": optimizer.weight_decay > 0, **shape}
 
 
 # Of a model's facts those that neither change a weight's shape nor what it means: a run may go on with others.
@@ -95,6 +105,12 @@ def check_fits(state: RunState, run: Run, folder: Path) -> None:
             f"in the old layout; or keep the weights alone with checkpoint.weights_from={folder} "
             "checkpoint.resume=never and another name"
         )
+    if state.optimizer is not None and _differences(state.optimizer, optimizer_of(run)):
+        raise RunError(
+            f"checkpoint {folder} was written with {_optimizer_told(state.optimizer)}, this run has "
+            f"{_optimizer_told(optimizer_of(run))}: its states fit no other. Put that back; or keep the weights alone "
+            f"with checkpoint.weights_from={folder} checkpoint.resume=never and another name"
+        )
     theirs = json.loads(ModelConfig(**state.model).model_dump_json())  # an older one may lack newer facts
     differing = [
         (key, before, now)
@@ -107,6 +123,11 @@ def check_fits(state: RunState, run: Run, folder: Path) -> None:
             f"checkpoint {folder} holds another model: {parts}; put that back; or start a run with another name, "
             f"which may take what fits with checkpoint.weights_from={folder}"
         )
+
+
+def _optimizer_told(facts: dict[str, Any]) -> str:
+    rank = f" optimizer.params.rank={facts['rank']}" if "rank" in facts else ""
+    return f"optimizer.type={facts['type']}{rank}" + ("" if facts["decays"] else " optimizer.weight_decay=0")
 
 
 def check_before_start(run: Run) -> None:

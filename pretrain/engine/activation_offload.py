@@ -205,6 +205,7 @@ class CudaLanes(Lanes):
 
     def copy_out(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event]:
         host = torch.empty(flat.numel(), dtype=torch.uint8, pin_memory=True)
+        flat.record_stream(self._out)  # in case its storage is given up before the copy is done
         return host, self._copy(host, flat, self._out)
 
     def copy_in(self, host: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.cuda.Event]:

@@ -24,6 +24,8 @@ from pretrain.monitor.timers import PhaseTimers
 log = logging.getLogger(__name__)
 
 EIGHT_BITS = "eight_bits"  # in DeepSpeed's files, beside the weights
+# Of a group of parameters: torch takes them from a checkpoint, where a run file may say otherwise by now.
+SETTINGS = {"betas", "eps", "weight_decay", "momentum", "alpha", "d", "beta2_decay", "update_gap", "scale"}
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Engine(ABC):
         self.timers = PhaseTimers(groups.device)
         self._is_divided = twin_flow.is_divided(engine)
         self._peak_lrs = [group["lr"] for group in engine.optimizer.param_groups]
+        if self._is_divided:
+            self.before_step(lambda: twin_flow.follow_settings(engine))
 
     @abstractmethod
     def train_step(self, batches: Sequence[MicroBatch | None]) -> StepResult:
@@ -83,8 +87,6 @@ class Engine(ABC):
         """Every group's learning rate becomes its peak times ``factor``; returns the first group's."""
         for group, peak in zip(self.deepspeed.optimizer.param_groups, self._peak_lrs, strict=True):
             group["lr"] = peak * factor
-        if self._is_divided:
-            twin_flow.follow_settings(self.deepspeed)
         return self.learning_rate
 
     @property
@@ -116,9 +118,15 @@ class Engine(ABC):
         are_swapped = swapped_states.are_swapped(self.deepspeed)
         if are_swapped:
             swapped_states.make_known(self.deepspeed, folder)
+        settings = [
+            {key: value for key, value in group.items() if key in SETTINGS}
+            for group in self.deepspeed.optimizer.param_groups
+        ]
         with self.deepspeed.in_plain_files():
             path, told = self.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
         assert path is not None, f"DeepSpeed found nothing to load under {folder}"
+        for group, stated in zip(self.deepspeed.optimizer.param_groups, settings, strict=True):
+            group.update(stated)
         unknown = self.deepspeed.eight_bits.restore(told.get(EIGHT_BITS, {}))
         if unknown and self.groups.is_first:
             log.info("the checkpoint knows no FP8 scales of %d linears, which begin anew", len(unknown))

@@ -63,7 +63,8 @@ class EightBits:
     def end_step(self, *, applied: bool) -> None:
         """Past scales learn what this step saw on all ranks that hold the layer; every rank calls it."""
         self.blocks.end_step(applied=applied)
-        histories = [scaling.history for scaling in self.scalings if scaling.history is not None]
+        begun = (scaling for scaling in self.scalings if scaling.has_begun)  # alike on all ranks
+        histories = [scaling.history for scaling in begun if scaling.history is not None]
         if not histories:
             return
         seen = torch.stack([history.seen.to(self._device) for history in histories])  # [linears 2]

@@ -83,6 +83,11 @@ def tied_names(plan: LayerPlan) -> set[str]:
     return {f"{tie.user}.{tie.user_parameter}" for tie in plan.ties}
 
 
+def tied_to_embedding(plan: LayerPlan) -> set[str]:
+    """Of these, the names of embeddings; a table of distances that layers share is a matrix of theirs."""
+    return {f"{tie.user}.{tie.user_parameter}" for tie in plan.ties if tie.owner == "embedding"}
+
+
 def run_layers(
     layers: Sequence[BuiltLayer], wire: Wire, plan: LayerPlan, offload: Offload | None = None
 ) -> Wire:

@@ -18,7 +18,7 @@ from pretrain.ds_config import optimizer_is_offloaded
 from pretrain.engine.adafactor import ShardedAdafactor
 from pretrain.engine.galore import GaLore
 from pretrain.engine.groups import Groups
-from pretrain.engine.layers import tied_names
+from pretrain.engine.layers import tied_to_embedding
 from pretrain.engine.matrix_optimizer import MatrixOptimizer, Spread
 from pretrain.optimizer_facts import LIGHT_PACKAGE, galore_params
 
@@ -77,7 +77,7 @@ def set_flags(config: DeepSpeedConfig, module: nn.Module) -> None:
 def hidden_matrices(module: Any, *, embeddings: bool = False) -> list[nn.Parameter]:
     """What is no vector, and neither embedding nor head unless ``embeddings``."""
     outer = {id(parameter) for parameter in heads(module.named_parameters())}
-    tied = tied_names(module.plan)
+    tied = tied_to_embedding(module.plan)
     return [
         parameter
         for name, parameter in module.named_parameters()

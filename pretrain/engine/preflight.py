@@ -17,6 +17,7 @@ from pretrain.ds_config import ADAM_LIKE, optimizer_is_offloaded
 from pretrain.engine.groups import Groups
 from pretrain.engine.native_builds import build_obstacle
 from pretrain.engine.quiet import without_stdout
+from pretrain.engine.swap_folders import hold_folders
 from pretrain.errors import RunError
 from pretrain.nested import get
 
@@ -48,6 +49,7 @@ def prepare_native_parts(document: dict[str, Any], groups: Groups) -> dict[str, 
         obstacle = _build(AsyncIOBuilder(), groups)
         if obstacle is not None:
             raise RunError(f"offload to device=nvme: DeepSpeed's async_io does not build here: {obstacle}")
+        hold_folders(document, groups)
     optimizer = document["optimizer"]
     on_cpu = groups.device.type == "cpu" or optimizer_is_offloaded(document)
     if optimizer["type"].lower() == "lion" and on_cpu:

@@ -23,7 +23,7 @@ from pretrain.engine.averaging import average, is_plain_average
 from pretrain.engine.eight_bits import EightBits
 from pretrain.engine.fillers import fill
 from pretrain.engine.groups import Groups
-from pretrain.engine.layers import tied_names
+from pretrain.engine.layers import tied_to_embedding
 from pretrain.engine.optimizers import client_optimizer, set_flags, tell_partitions
 from pretrain.engine.quiet import without_stdout
 from pretrain.optim import parameter_groups
@@ -47,7 +47,7 @@ class StepControl(DeepSpeedEngine):
         """This engine around a module that holds layers of ``module.plan``."""
         config = DeepSpeedConfig(json, mpu)
         set_flags(config, module)
-        parameters = parameter_groups(module.named_parameters(), optimizer, tied_names(module.plan))
+        parameters = parameter_groups(module.named_parameters(), optimizer, tied_to_embedding(module.plan))
         if groups.layout.pp > 1:
             fill(module, parameters, groups, expert_group=experts.group_name(groups))
         if groups.layout.ep > 1 and json["zero_optimization"]["stage"] < 3:

@@ -16,6 +16,7 @@ from model_providers.fp8.scaling import Operand, Scaling
 from model_providers.fp8.tally import OPERANDS, Facts, facts_of
 from pretrain.engine.base import Engine, MicroBatch, StepResult
 from pretrain.engine.eight_bits import Row
+from pretrain.monitor.experts import drop_notes
 from pretrain.monitor.guards import is_finite
 from pretrain.monitor.timers import due
 
@@ -55,6 +56,7 @@ class EightBitsWatch:
 
     def again(self, step: int, batches: Sequence[MicroBatch | None], failed: StepResult) -> StepResult:
         """The step without FP8, which is left for good if that helped."""
+        drop_notes(self.engine)
         with self._linears.paused():
             result = self.engine.train_step(batches)
         if is_finite(result):

@@ -22,6 +22,14 @@ log = logging.getLogger(__name__)
 LOSSES = (*LOSS_NAMES.values(), "z_loss")
 
 
+def drop_notes(engine: Engine) -> None:
+    """What routers and looking ahead noted since they were last told of, a step that will be tried again included."""
+    for layer in engine.layers:
+        for router in routers(layer.module):
+            router.take_load()
+    getattr(engine.plan.loss, "take_ahead", lambda: None)()
+
+
 @dataclass(frozen=True)
 class Look:
     """What was seen; on rank 0 only, empty elsewhere."""

@@ -8,9 +8,11 @@ import pytest
 
 from model_providers.cost import parameters
 from pretrain.engine.preflight import libaio_is_there
+from pretrain.loop import begin_step
 from pretrain.parity import Trace, compare
 from tests.conftest import OneProcess
 from tests.divided import HALF, two_devices
+from tests.opened import opened
 from tests.parity.record import record_raw
 from tests.parity.test_layouts import assert_same
 from tests.ranks import RankPool
@@ -86,6 +88,30 @@ def test_an_optimizer_half_offloaded_computes_what_one_process_does(
     found = ranks.run(record_divided, 2, raw, STEPS, timeout_s=COMPILE_S)
     assert found[0][1] > 3, "the second optimizer has sub-groups of its own"
     assert_same(found[0][0], one_process(STEPS))
+
+
+def rates_of_both_optimizers(raw: dict[str, Any], steps: int) -> list[tuple[float, float]]:
+    with two_devices() as seconds, opened(raw) as here:
+        rates = []
+        for step in range(steps):
+            begin_step(here.run, here.engine, step)
+            before = here.engine.learning_rate
+            here.engine.train_step(here.feed.next_step())
+            rates.append((before, seconds[0].param_groups[0]["lr"]))
+    return rates
+
+
+@pytest.mark.ranks
+@pytest.mark.timeout(COMPILE_S)
+def test_both_halves_hear_the_jsons_own_scheduler(
+    ranks: RankPool, corpus: str, out: Path, tmp_path: Path
+) -> None:
+    warmup = {"type": "WarmupLR", "params": {"warmup_num_steps": 10, "warmup_type": "linear"}}
+    (tmp_path / "half.json").write_text(json.dumps({**HALF, "scheduler": warmup}))
+    raw = tiny(corpus, out, deepspeed=str(tmp_path / "half.json"))
+    raw.pop("schedule", None)
+    rates = ranks.run(rates_of_both_optimizers, 2, raw, 4, timeout_s=COMPILE_S)[0]
+    assert all(first == second for first, second in rates) and rates[-1][0] > rates[1][0] > 0
 
 
 @pytest.mark.ranks

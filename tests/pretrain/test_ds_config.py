@@ -126,6 +126,18 @@ def test_a_dtype_switched_off_in_one_place_and_on_in_the_other_is_refused(with_j
         ),
         ({"elasticity": {}}, r"elasticity: DeepSpeed has removed this feature"),
         ({"zero_optimization": 1}, r"zero_optimization=1: must be a section"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "disk"}}},
+            r"zero_optimization\.offload_param\.device=disk: choose none, cpu or nvme",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": "half"}}},
+            r"zero_optimization\.offload_optimizer\.ratio=half: must be a share between 0 and 1",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": -1}}},
+            r"ratio=-1: must be a share between 0 and 1",
+        ),
         ('{"bf16": {}, "bf16": {}}', r"the key 'bf16' stands twice"),
         ('{"bf16": {},}', r"not valid JSON"),
         ("[]", r"must hold one JSON object"),
@@ -159,6 +171,20 @@ def test_the_jsons_own_scheduler_may_rule(with_json: Any) -> None:
     document = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 5}}}
     run = with_json(document, schedule=None)
     assert run.config.schedule is None and run.deepspeed["scheduler"] == document["scheduler"]
+
+
+def test_adafactors_own_eps_may_stand_in_the_json(with_json: Any) -> None:
+    document = {"optimizer": {"type": "Adafactor", "params": {"lr": 1e-2, "eps": [None, 1e-3]}}}
+    run = with_json({**document, "zero_optimization": {"stage": 1}}, optimizer={"lr": 1e-2})
+    assert run.deepspeed["optimizer"]["params"]["eps"] == [None, 1e-3]
+
+
+@pytest.mark.parametrize("kind", ["RAdam", "NAdam", "Adamax"])
+def test_betas_reach_every_optimizer_that_has_them(with_json: Any, kind: str) -> None:
+    stated = {"type": kind, "betas": [0.5, 0.6], "eps": 1e-5}
+    run = with_json({"zero_optimization": {"stage": 0}}, optimizer=stated)
+    params = run.deepspeed["optimizer"]["params"]
+    assert (params["betas"], params["eps"]) == ([0.5, 0.6], 1e-5)
 
 
 def test_whatever_goes_to_nvme_goes_there_wholly(with_json: Any, tmp_path: Path) -> None:

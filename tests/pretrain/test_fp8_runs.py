@@ -25,6 +25,17 @@ def test_eight_bits_begin_with_their_first_step(ranks: RankPool, corpus: str, ou
 
 
 @pytest.mark.ranks
+def test_past_scales_begin_with_the_first_step_in_eight_bits(ranks: RankPool, corpus: str, out: Path) -> None:
+    """Steps before it have seen nothing, which is no reason to scale by 1 and lose all gradients."""
+    plain, later = (
+        ranks.run(record_raw, 1, tiny(corpus, out, fp8=fp8, train__steps=4), 4)[0]
+        for fp8 in (None, of("delayed", start_step=2))
+    )
+    assert later.grad_norms[:2] == plain.grad_norms[:2] and later.losses[2] != plain.losses[2]
+    assert later.grad_norms[2] == pytest.approx(plain.grad_norms[2], rel=0.05)
+
+
+@pytest.mark.ranks
 @pytest.mark.parametrize(
     "before, after",
     [

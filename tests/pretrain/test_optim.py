@@ -9,7 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
+from model_providers.building import solo_groups
+from model_providers.families import build_plan
+from model_providers.layout import Layout
+from model_providers.presets import PRESETS
 from pretrain.config import OptimizerConfig, Schedule
+from pretrain.engine.layers import tied_to_embedding
 from pretrain.optim import learning_rate_factor, parameter_groups
 
 STEPS = 100
@@ -85,3 +90,18 @@ def test_norms_and_biases_are_never_decayed_embeddings_if_asked() -> None:
     assert decayed({"head.weight"}, decay_embeddings=False) == [1]
     (single,) = parameter_groups(named, OptimizerConfig(weight_decay=0.0))
     assert len(single["params"]) == 5
+
+
+def test_copies_of_what_layers_share_are_decayed_alike_on_every_stage() -> None:
+    """A T5's table of distances is no embedding, neither where it is owned nor where it is used."""
+    model = PRESETS["tiny-t5"]
+    plan = build_plan(model, Layout(), solo_groups(), seed=1, sequence_length=32, target_length=16)
+    tied = tied_to_embedding(plan)
+    for tie in plan.ties:
+        named = [
+            (f"{tie.owner}.{tie.owner_parameter}", SimpleNamespace(shape=(8, 4))),
+            (f"{tie.user}.{tie.user_parameter}", SimpleNamespace(shape=(8, 4))),
+        ]
+        groups = parameter_groups(named, OptimizerConfig(weight_decay=0.1, decay_embeddings=False), tied)
+        assert sorted(len(group["params"]) for group in groups) == [0, 2], tie
+    assert any("relative" in tie.user_parameter for tie in plan.ties)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -306,6 +306,39 @@ def test_another_model_or_other_data_are_refused(
     raw, _ = copied
     changed = {**raw, **{section: {**raw[section], **values} for section, values in changes.items()}}
     assert what in ranks.run(refused, 2, changed)[0]
+
+
+def settings_after_loading(raw: dict[str, Any]) -> list[dict[str, Any]]:
+    run = make_run(raw, world_size=dist.get_world_size())
+    groups = join(run.layout)
+    engine = make_engine(run, make_plan(run, groups), groups)
+    save_load.load(cast(Any, save_load.find(run, groups)), engine)
+    return [
+        {key: group[key] for key in ("betas", "weight_decay")}
+        for group in engine.deepspeed.optimizer.param_groups
+    ]
+
+
+@pytest.mark.ranks
+def test_what_the_run_file_says_of_the_optimizer_holds_after_a_resume_too(
+    ranks: RankPool, corpus: str, out: Path
+) -> None:
+    """torch's optimizers take their settings from a checkpoint; another kind of them would take its states too."""
+    raw = eight(corpus, out, deepspeed="zero1.json")
+    ranks.run(train, 2, raw, 2)
+    other = {**raw, "optimizer": {**raw["optimizer"], "betas": [0.7, 0.8], "weight_decay": 0.5}}
+    for found in ranks.run(settings_after_loading, 2, other):
+        assert [tuple(group["betas"]) for group in found] == [(0.7, 0.8)] * 2
+        assert [group["weight_decay"] for group in found] == [0.5, 0.0]
+    for changes, told in (
+        ({"type": "Lion", "lr": 1e-4}, "optimizer.type=AdamW, this run has optimizer.type=Lion"),
+        (
+            {"weight_decay": 0.0},
+            "this run has optimizer.type=AdamW optimizer.weight_decay=0: its states fit no other",
+        ),
+    ):
+        changed = {**raw, "optimizer": {**raw["optimizer"], **changes}}
+        assert told in ranks.run(refused, 2, changed)[0]
 
 
 @pytest.mark.ranks

@@ -92,6 +92,19 @@ def test_a_copy_of_a_weight_lasts_a_step_and_not_longer() -> None:
 
 
 @RECIPE
+def test_products_get_rows_in_memory(recipe: str) -> None:
+    """Kernels for blocks take one row after the other only; transposed views are not."""
+    scaling, x = scaling_of(recipe), torch.randn(256, 384)
+    for sides in (
+        scaling.input(x, both=True, is_trained=True),
+        scaling.gradient(x, both=True),
+        scaling.weight(x),
+    ):
+        assert sides.columns is not None and sides.columns.payload.shape == (384, 256)
+        assert sides.rows.payload.is_contiguous() and sides.columns.payload.is_contiguous()
+
+
+@RECIPE
 def test_a_forward_pass_that_keeps_nothing_quantises_a_weight_one_way(recipe: str) -> None:
     scaling, weight = scaling_of(recipe), torch.randn(16, 64)
     alone, whole = scaling.weight(weight, both=False), scaling.weight(weight)
@@ -134,6 +147,8 @@ def test_gradients_that_wait_are_the_same(recipe: str) -> None:
         with weight_gradients.put_aside() as store:
             later.backward()
     assert later.item() == loss
+    in_blocks = [name for name in parameters if ".linear_" in name and name.endswith("weight")]
+    assert all(parameters[name].grad is None for name in in_blocks), "they must wait"
     store.compute(accumulate)
     for name, parameter in parameters.items():
         assert torch.equal(parameter.grad, wanted[name]), name

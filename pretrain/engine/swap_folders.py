@@ -1,0 +1,45 @@
+"""Folders that a run swaps to, held so that no other run on the host uses them.
+
+DeepSpeed's files there have no run's name: a second start with the same ``nvme_path`` removes the first one's
+parameters (deepspeed/runtime/swap_tensor/partitioned_param_swapper.py) and writes over its moments.
+"""
+
+import fcntl
+import socket
+from pathlib import Path
+from typing import IO, Any
+
+from pretrain.engine.groups import Groups
+from pretrain.errors import RunError
+from pretrain.nested import get
+
+_held: dict[Path, IO[str]] = {}  # until this process ends; the system lets go of them if it is killed
+
+
+def hold_folders(document: dict[str, Any], groups: Groups) -> None:
+    """Those that a complete JSON names for this rank's offload; every rank calls it."""
+    sections = (f"zero_optimization.{name}" for name in ("offload_param", "offload_optimizer"))
+    folders = {
+        str(get(document, f"{section}.nvme_path"))
+        for section in sections
+        if get(document, f"{section}.device") == "nvme"
+    }
+    taken = next((folder for folder in sorted(folders) if not _hold(Path(folder), groups.rank)), None)
+    where = f"nvme_path={taken}: another run on {socket.gethostname()} swaps to it; give each run a folder of its own"
+    told = groups.first_told(None if taken is None else where) if folders else None
+    if told is not None:
+        raise RunError(told)
+
+
+def _hold(folder: Path, rank: int) -> bool:
+    path = (folder / f"megaloom.rank{rank}.lock").resolve()
+    if path in _held:
+        return True
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return False
+    _held[path] = file
+    return True
