@@ -19,7 +19,7 @@ NUM_FILES = 40
 
 
 @pytest.mark.ranks
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_the_readmes_commands_work_as_written(tmp_path: Path) -> None:
     text = README.read_text("utf-8")
     (run_file,) = RUN_FILE.findall(text)
