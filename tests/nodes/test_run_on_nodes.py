@@ -91,6 +91,7 @@ def rank_process(network: Network, node: str) -> psutil.Process:
     return one
 
 
+@pytest.mark.thorough
 @pytest.mark.ranks
 @pytest.mark.timeout(2 * WAIT_S)
 def test_a_pipeline_across_nodes_trains_as_on_one(

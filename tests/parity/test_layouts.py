@@ -63,6 +63,8 @@ CELLS = (
     "tp2-pp2-*",
     "tp1-pp2-dp1-zero0-*",
     "tp1-pp1-dp2-zero1-*",
+    "tp1-pp1-dp2-zero3-*",
+    "tp4-*",
 )
 @pytest.mark.parametrize(
     "tied", [pytest.param(True, id="tied"), pytest.param(False, id="untied", marks=pytest.mark.thorough)]
