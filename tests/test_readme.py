@@ -11,24 +11,27 @@ import pytest
 
 from launch.__main__ import COMMANDS
 from tests.ranks import CPU_ONLY_ENVIRONMENT
+from tests.thorough import cells
 
 README = Path("README.md")
 BLOCKS = re.compile(r"<!-- tried by tests/test_readme\.py -->\n```bash\n(.*?)```", re.DOTALL)
 RUN_FILE = re.compile(r"```yaml\n# my/run\.yaml\n(.*?)```", re.DOTALL)
-NUM_FILES = 40
+NUM_FILES, NUM_BLOCKS = 40, 4
 
 
 @pytest.mark.ranks
 @pytest.mark.timeout(1500)
-def test_the_readmes_commands_work_as_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_blocks", cells([2, NUM_BLOCKS], thorough=[str(NUM_BLOCKS)]))
+def test_the_readmes_commands_work_as_written(tmp_path: Path, num_blocks: int) -> None:
+    """Text and a run; with `make test-all` the blocks of experts and other objectives too."""
     text = README.read_text("utf-8")
     (run_file,) = RUN_FILE.findall(text)
     (tmp_path / "my").mkdir()
     (tmp_path / "my" / "run.yaml").write_text(run_file, "utf-8")
     write_some_text(tmp_path / "my_text")
     blocks = BLOCKS.findall(text)
-    assert len(blocks) == 4
-    for line in "".join(blocks).replace("\\\n", "").splitlines():
+    assert len(blocks) == NUM_BLOCKS
+    for line in "".join(blocks[:num_blocks]).replace("\\\n", "").splitlines():
         command = line.split("#")[0].strip()
         if command:
             words = f"exec {sys.executable} -m launch {command.removeprefix('megaloom ')}"
