@@ -100,9 +100,8 @@ def bring_together(
         return reading
     for pair in PAIRS:
         stated = get(reading.document, pair.json_key)
-        if pair.run_key == "optimizer.eps" and isinstance(
-            stated, list
-        ):  # Adafactor's two, which have no name there
+        # Adafactor has two of eps, which have no name of their own in the run file.
+        if pair.run_key == "optimizer.eps" and isinstance(stated, list):
             _take(reading, pair.json_key, stated, where=f"{pair.json_key} in {json_name}", run_name=run_name)
         elif stated is not None and stated != AUTO:
             _take(reading, pair.run_key, stated, where=f"{pair.json_key} in {json_name}", run_name=run_name)

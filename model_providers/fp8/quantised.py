@@ -77,9 +77,8 @@ def in_blocks(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
 def out_of_blocks(blocks: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """[m/r r k/c c] -> [m k]"""
     whole = blocks.flatten(2, 3).flatten(0, 1)
-    return whole[
-        : shape[0], : shape[1]
-    ].contiguous()  # a transposed matrix too: products ask for rows in memory
+    # Of a transposed matrix too: products ask for rows in memory.
+    return whole[: shape[0], : shape[1]].contiguous()
 
 
 def spread(scales: torch.Tensor, block: tuple[int, int], shape: torch.Size) -> torch.Tensor:

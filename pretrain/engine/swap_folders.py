@@ -24,22 +24,26 @@ def hold_folders(document: dict[str, Any], groups: Groups) -> None:
         for section in sections
         if get(document, f"{section}.device") == "nvme"
     }
-    taken = next((folder for folder in sorted(folders) if not _hold(Path(folder), groups.rank)), None)
-    where = f"nvme_path={taken}: another run on {socket.gethostname()} swaps to it; give each run a folder of its own"
-    told = groups.first_told(None if taken is None else where) if folders else None
+    faults = (fault for folder in sorted(folders) if (fault := _hold(Path(folder), groups.rank)) is not None)
+    told = groups.first_told(next(faults, None)) if folders else None
     if told is not None:
         raise RunError(told)
 
 
-def _hold(folder: Path, rank: int) -> bool:
+def _hold(folder: Path, rank: int) -> str | None:
+    """What stands against it."""
     path = (folder / f"megaloom.rank{rank}.lock").resolve()
     if path in _held:
-        return True
-    file = path.open("w")
+        return None
+    where = f"nvme_path={folder} on {socket.gethostname()}"
+    try:
+        file = path.open("w")
+    except OSError as fault:
+        return f"{where}: cannot be written ({fault.strerror}); give a folder that can"
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        return False
+        return f"{where}: another run swaps to it; give each run a folder of its own"
     _held[path] = file
-    return True
+    return None

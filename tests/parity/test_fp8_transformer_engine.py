@@ -71,9 +71,12 @@ def test_the_layout_computes_what_one_process_does(
 ) -> None:
     world, changes = LAYOUTS[name]
     raw = tiny(corpus, out, **changes, fp8=FP8, kernels="auto")
-    # Below stage 3 ZeRO's norm differs in its last bit, and clipping by it moves a number over a rounding's edge.
-    tolerance = 2e-3 if name == "zero2-recompute" else EDGE
-    assert_same(ranks.run(record_stand_in, world, raw, STEPS)[0], reference, tolerance)
+    if name == "zero2-recompute":
+        # ZeRO's norm differs in its last bit there, and clipping by it moves a number over a rounding's edge in the
+        # third step: beside stage 1, which has the same norm.
+        plain = tiny(corpus, out / "plain", deepspeed="zero1.json", fp8=FP8, kernels="auto")
+        reference = ranks.run(record_stand_in, 1, plain, STEPS)[0]
+    assert_same(ranks.run(record_stand_in, world, raw, STEPS)[0], reference, EDGE)
 
 
 @pytest.mark.ranks

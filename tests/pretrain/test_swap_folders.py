@@ -25,9 +25,11 @@ def test_a_folder_in_use_is_refused_and_free_when_its_run_is_gone(tmp_path: Path
     other = (tmp_path / "megaloom.rank0.lock").open("w")
     fcntl.flock(other, fcntl.LOCK_EX)
     with pytest.raises(
-        RunError, match=rf"nvme_path={tmp_path}: another run on .* swaps to it; give each run"
+        RunError, match=rf"nvme_path={tmp_path} on .*: another run swaps to it; give each run"
     ):
         hold_folders(document(tmp_path), groups)
+    with pytest.raises(RunError, match=r"cannot be written .*; give a folder that can"):
+        hold_folders(document(tmp_path / "gone"), groups)
     other.close()
     hold_folders(document(tmp_path), groups)
     hold_folders(document(tmp_path), groups)  # another engine of the same process
