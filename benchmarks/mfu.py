@@ -1,9 +1,10 @@
 """Model FLOPs utilisation of a 1B-class Llama on one device, against the rate at which that device multiplies matrices.
 
-Two denominators: the largest rate that torch's own matrix product reaches here (measured), and the datasheet's.  Whole
-optimizer steps of the engine, ZeRO-1 of one rank with fp32 master weights and moments, synthetic tokens.
+Over the largest rate that torch's own matrix product reaches here (measured).  Whole optimizer steps of the engine, of
+several micro-batches as runs have them, ZeRO-1 of one rank with fp32 master weights and moments, synthetic tokens.
 
-    python -m benchmarks.mfu                  # on CUDA: sequence 4096, bf16
+    python -m benchmarks.mfu                  # on CUDA: sequence 4096, bf16, Transformer Engine where it is, and torch
+    python -m benchmarks.mfu --profile        # where the time of a step goes, kernel by kernel
     python -m benchmarks.mfu --small          # a toy anywhere, to see that it runs; its ratios mean nothing
 """
 
@@ -14,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, get_args
 
 from benchmarks.alone import world_of_one  # before DeepSpeed
 from benchmarks.throughput import LR, Shape, batch, deepspeed_json
@@ -22,11 +23,14 @@ from benchmarks.throughput import LR, Shape, batch, deepspeed_json
 # isort: split
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch.profiler import ProfilerActivity
 
 from model_providers.config import ModelConfig
 from model_providers.cost import train_flops_per_token
 from model_providers.families import build_plan
 from model_providers.fp8.config import Fp8Config
+from model_providers.kernels import KernelChoice as Kernels
+from model_providers.kernels import transformer_engine_obstacle
 from model_providers.layout import Layout
 from pretrain.config import OptimizerConfig
 from pretrain.engine.base import MicroBatch
@@ -102,7 +106,9 @@ def train_rate(
     *,
     steps: int,
     fp8: Fp8Config | None = None,
-    kernels: Literal["auto", "te", "torch"] = "auto",
+    kernels: Kernels = "auto",
+    micro_batches: int = 1,
+    profile: bool = False,
 ) -> Rate:
     """Of this rank alone; the engine goes with the call, and what it left when the next one is built."""
     gc.collect()
@@ -125,8 +131,26 @@ def train_rate(
     weights = torch.full(labels.shape, 1.0 / labels.numel(), device=labels.device)
     step = MicroBatch(tokens, (labels, weights))
     losses: list[float] = []
-    elapsed_s = seconds_of(lambda: losses.append(engine.train_step([step]).loss), repeats=steps)
-    return Rate(shape.tokens / elapsed_s, train_flops_per_token(shape.model, shape.sequence), losses[-1])
+
+    def train() -> None:
+        losses.append(engine.train_step([step] * micro_batches).loss)
+
+    elapsed_s = seconds_of(train, repeats=steps)
+    if profile:
+        tell_kernels(train)
+    tokens_per_s = micro_batches * shape.tokens / elapsed_s
+    return Rate(tokens_per_s, train_flops_per_token(shape.model, shape.sequence), losses[-1])
+
+
+def tell_kernels(train: Callable[[], None], *, rows: int = 30) -> None:
+    """What one step's time goes to, most first."""
+    on_cuda = torch.cuda.is_available()
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
+    with torch.profiler.profile(activities=kinds) as found:
+        train()
+        get_accelerator().synchronize()
+    order = "self_cuda_time_total" if on_cuda else "self_cpu_time_total"
+    print(found.key_averages().table(sort_by=order, row_limit=rows, max_name_column_width=70))
 
 
 def shape_here(words: argparse.Namespace) -> Shape:
@@ -143,19 +167,36 @@ def parser(text: str | None) -> argparse.ArgumentParser:
     own.add_argument("--small", action="store_true", help="a toy on any device; ratios mean nothing")
     own.add_argument("--micro", type=int, help="samples of a micro-batch")
     own.add_argument("--steps", type=int, default=10, help="measured ones, after three")
-    own.add_argument("--kernels", choices=["auto", "te", "torch"], default="auto")
+    own.add_argument("--micro-batches", type=int, default=4, help="of a step")
+    own.add_argument("--profile", action="store_true", help="print which kernels take a step's time")
     return own
 
 
 def main() -> None:
-    words = parser(__doc__).parse_args()
+    own = parser(__doc__)
+    own.add_argument("--kernels", nargs="+", choices=get_args(Kernels), metavar="KERNELS")
+    words = own.parse_args()
     shape = shape_here(words)
     with world_of_one():
         device = torch.device(get_accelerator().current_device_name())
+        has_te = transformer_engine_obstacle(device.type) is None
         peak = matrix_flops_per_s(device, torch.bfloat16, repeats=words.steps)
-        rate = train_rate(shape, steps=words.steps, kernels=words.kernels)
-    print(f"{shape.name}, kernels {words.kernels}: {rate.tokens_per_s:,.0f} tokens/s, loss {rate.loss:.3f}")
-    print(f"bf16 products: {peak / 1e12:,.1f} TFLOP/s measured; MFU {rate.mfu(peak):.1%} of that")
+        print(f"{shape.name}, {words.micro_batches} micro-batches of {shape.micro} a step")
+        print(f"bf16 products: {peak / 1e12:,.2f} TFLOP/s")
+        for kernels in words.kernels or (["te", "torch"] if has_te else ["torch"]):
+            rate = train_rate(
+                shape,
+                steps=words.steps,
+                kernels=kernels,
+                micro_batches=words.micro_batches,
+                profile=words.profile,
+            )
+            print(
+                f"kernels {kernels}: {rate.tokens_per_s:,.0f} tokens/s, "
+                f"{rate.tokens_per_s * rate.flops_per_token / 1e12:,.2f} TFLOP/s, MFU {rate.mfu(peak):.1%}, "
+                f"loss {rate.loss:.3f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Eager torch pays for every pass over an activation.  Measured on the CPU at 2048 tokens x 256 in fp32 with two
 threads: F.rms_norm forward and backward 4.3 ms, RMSNorm here 1.3.  Gradients are exact: the tests compare
-them in float64.
+them in float64.  Large ones on CUDA are one kernel of torch.compile each, which rounds once, where eager torch rounds
+each pass.
 """
 
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from model_providers.rotary import turn
+from model_providers.compiled import compiled_on_cuda, pays
+from model_providers.rotary import turn, turned
 
 
 class RMSNorm(torch.autograd.Function):
@@ -43,12 +45,13 @@ class GatedSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x)
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return _gated(x.detach())
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         (x,) = ctx.saved_tensors
+        if pays(x):
+            return _gated_gradient(x.detach(), grad)
         gate, up = x.chunk(2, dim=-1)
         grad_x = torch.empty_like(x)
         grad_gate, grad_up = grad_x.chunk(2, dim=-1)
@@ -56,6 +59,18 @@ class GatedSiLU(torch.autograd.Function):
         torch.ops.aten.silu.out(gate, out=grad_up)
         grad_up.mul_(grad)
         return grad_x
+
+
+@compiled_on_cuda
+def _gated(x: torch.Tensor) -> torch.Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+@compiled_on_cuda
+def _gated_gradient(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return torch.cat((torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate) * grad), dim=-1)
 
 
 class WeightedGatedSiLU(torch.autograd.Function):
@@ -93,24 +108,51 @@ class SplitHeads(torch.autograd.Function):
     def forward(
         ctx: Any, joined: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ctx.cos, ctx.sin = cos, sin
+        if pays(joined):
+            return _split(joined.detach(), cos, sin)
         s, b, g, parts, d = joined.shape
         r = parts - 2
         query, key, value = (joined.new_empty(b, g * n, s, d).permute(2, 0, 1, 3) for n in (r, 1, 1))
         turn(joined[..., :r, :], query.unflatten(2, (g, r)), cos, sin)
         turn(joined[..., r : r + 1, :], key.unsqueeze(3), cos, sin)
         value.copy_(joined[..., r + 1, :])
-        ctx.cos, ctx.sin = cos, sin
         return query, key, value
 
     @staticmethod
     def backward(  # type: ignore[override]
         ctx: Any, grad_query: torch.Tensor, grad_key: torch.Tensor, grad_value: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
+        back = None if ctx.sin is None else -ctx.sin
+        if pays(grad_query):
+            return _joined(grad_query, grad_key, grad_value, ctx.cos, back), None, None
         s, b, g, d = grad_key.shape
         r = grad_query.size(2) // g
-        back = None if ctx.sin is None else -ctx.sin
         joined = grad_key.new_empty(s, b, g, r + 2, d)
         turn(grad_query.unflatten(2, (g, r)), joined[..., :r, :], ctx.cos, back)
         turn(grad_key.unsqueeze(3), joined[..., r : r + 1, :], ctx.cos, back)
         joined[..., r + 1, :] = grad_value
         return joined, None, None
+
+
+@compiled_on_cuda
+def _split(
+    joined: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    query, key, value = joined.split((joined.size(3) - 2, 1, 1), dim=3)
+    parts = (turned(query, cos, sin), turned(key, cos, sin), value)
+    query, key, value = (x.flatten(2, 3).permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3) for x in parts)
+    return query, key, value
+
+
+@compiled_on_cuda
+def _joined(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+) -> torch.Tensor:
+    key, value = key.unsqueeze(3), value.unsqueeze(3)
+    query = query.unflatten(2, (key.size(2), -1))
+    return torch.cat((turned(query, cos, sin), turned(key, cos, sin), value), dim=3)

@@ -99,6 +99,18 @@ def turn(x: torch.Tensor, out: torch.Tensor, cos: torch.Tensor | None, sin: torc
         out[..., 2 * half :] = x[..., 2 * half :]
 
 
+def turned(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) -> torch.Tensor:
+    """The same as a tensor of its own, in the one expression that compilers like."""
+    if cos is None or sin is None:
+        return x
+    shape = (x.size(0), *[1] * (x.dim() - 2), -1)
+    cos, sin = cos.view(shape), sin.view(shape)
+    half = sin.size(-1)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    cos = cos[..., :half]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+
 class Rotate(torch.autograd.Function):
     """One tensor turned; its gradient is turned back by the same angle."""
 

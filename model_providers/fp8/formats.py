@@ -6,11 +6,14 @@ binary orders of range; products with them are exact; and a sum that comes out d
 layout's does, gives the same scale.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 
-SMALLEST_EXPONENT = -126  # of a normal fp32 number, so that one over the unit is one too
+# Of normal fp32 numbers, so that one over the unit is one too.
+SMALLEST_EXPONENT, LARGEST_EXPONENT = -126, 126
+MANTISSA_BITS, BIAS, INFINITE = 23, 127, 0x7F800000  # of fp32
 
 
 class Format(NamedTuple):
@@ -35,12 +38,23 @@ def unit_of(magnitude: torch.Tensor, largest: float, *, margin: int = 0) -> torc
     """The smallest power of two times which ``largest`` reaches ``magnitude``, fp32 in its shape: what 1 stands for.
 
     1 where all is zero.  NaN where ``magnitude`` is not finite, so that what overflowed is not clipped in silence.
+    Exact in every kernel, compiled ones too, since it only reckons with the bits of exponents.
     """
-    mantissa, exponent = torch.frexp(magnitude.float() / largest)  # mantissa in [0.5, 1), or 0
-    exponent = (exponent - (mantissa == 0.5).int() + margin).clamp_(min=SMALLEST_EXPONENT)
-    unit = torch.ldexp(torch.ones_like(mantissa), exponent)
-    unit = torch.where(mantissa == 0, 1.0, unit)
-    return torch.where(torch.isfinite(magnitude), unit, torch.nan)
+    mantissa, exponent = math.frexp(largest)  # mantissa in [0.5, 1)
+    last_bits = int((2 * mantissa - 1) * 2**MANTISSA_BITS)
+    bits = magnitude.float().view(torch.int32) & 0x7FFFFFFF
+    exponents = (bits >> MANTISSA_BITS) - BIAS - (exponent - 1) + margin
+    exponents = exponents + ((bits & (2**MANTISSA_BITS - 1)) > last_bits).int()
+    exponents = exponents.clamp(SMALLEST_EXPONENT, LARGEST_EXPONENT)
+    unit = ((exponents + BIAS) << MANTISSA_BITS).view(torch.float32)
+    unit = torch.where(bits == 0, 1.0, unit)
+    return torch.where(bits < INFINITE, unit, torch.nan)
+
+
+def one_over(unit: torch.Tensor) -> torch.Tensor:
+    """Of `unit_of`'s powers of two, and NaN: exact, which a compiled kernel's division need not be."""
+    inverse = (((2 * BIAS) << MANTISSA_BITS) - unit.view(torch.int32)).view(torch.float32)
+    return torch.where(torch.isnan(unit), torch.nan, inverse)
 
 
 def cast(x: torch.Tensor, form: Format) -> torch.Tensor:

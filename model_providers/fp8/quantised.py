@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from model_providers.fp8.formats import Format, cast, unit_of
+from model_providers.compiled import compiled_on_cuda
+from model_providers.fp8.formats import Format, cast, one_over, unit_of
 
 POWERS_OF_TWO = torch.float8_e8m0fnu  # exponents alone, and NaN: MXFP8's own format of scales
 
@@ -52,17 +53,38 @@ class Sides(NamedTuple):
 
 
 def quantise_whole(x: torch.Tensor, form: Format, unit: torch.Tensor) -> Quantised:
-    """[m k] with one unit, []."""
-    return Quantised(cast(x.float() / unit, form), unit)
+    """[m k] with one unit, [], a power of two."""
+    return whole_sides(x, form, unit, both=False).rows
+
+
+def whole_sides(x: torch.Tensor, form: Format, unit: torch.Tensor, *, both: bool) -> Sides:
+    """The same, and if wanted its columns."""
+    rows, columns = _scaled(x.detach(), one_over(unit), form, both)
+    return Sides(Quantised(rows, unit), None if columns is None else Quantised(columns, unit))
+
+
+@compiled_on_cuda
+def _scaled(
+    x: torch.Tensor, inverse: torch.Tensor, form: Format, both: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """[m k] -> eight bits [m k] and [k m]"""
+    rows = cast(x.float() * inverse, form)
+    return rows, rows.t().contiguous() if both else None
 
 
 def quantise_blocks(x: torch.Tensor, form: Format, block: tuple[int, int]) -> Quantised:
     """[m k] with a power of two for each block; those at the edges may be smaller."""
-    blocks = in_blocks(x.float(), block)  # [m/r r k/c c]
-    scales = unit_of(blocks.abs().amax(dim=(1, 3)), form.largest)  # [m/r k/c]
-    payload = cast(blocks / scales[:, None, :, None], form)
+    payload, scales = _scaled_blocks(in_blocks(x.detach(), block), form)
     whole = out_of_blocks(payload, x.shape)
     return Quantised(whole, x.new_ones((), dtype=torch.float32), scales.to(POWERS_OF_TWO), block)
+
+
+@compiled_on_cuda
+def _scaled_blocks(blocks: torch.Tensor, form: Format) -> tuple[torch.Tensor, torch.Tensor]:
+    """[m/r r k/c c] -> eight bits in the same shape, its first two and last two next to each other; fp32 [m/r k/c]"""
+    wide = blocks.float()
+    scales = unit_of(wide.abs().amax(dim=(1, 3)), form.largest)
+    return cast(wide * one_over(scales)[:, None, :, None], form).contiguous(), scales
 
 
 def in_blocks(x: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from model_providers.fp8.config import BLOCKS, Fp8Config
 from model_providers.fp8.formats import E4M3, E5M2, Format, largest_magnitude, unit_of
 from model_providers.fp8.history import GRADIENT, INPUT, AmaxHistory
 from model_providers.fp8.nvfp4 import quantise_nvfp4, rotate, unit_of_whole
-from model_providers.fp8.quantised import Quantised, Sides, quantise_blocks, quantise_whole
+from model_providers.fp8.quantised import Quantised, Sides, quantise_blocks, whole_sides
 from model_providers.random_streams import generator_here
 
 Operand = Literal["input", "weight", "gradient"]
@@ -84,8 +84,7 @@ class Scaling:
 
     def _by_tensor(self, operand: Operand, x: torch.Tensor, *, both: bool) -> Sides:
         form: Format = E5M2 if operand == "gradient" else E4M3
-        rows = quantise_whole(x, form, self._unit(operand, x, form))
-        return Sides(rows, rows.transposed() if both else None)
+        return whole_sides(x, form, self._unit(operand, x, form), both=both)
 
     def _unit(self, operand: Operand, x: torch.Tensor, form: Format) -> torch.Tensor:
         """A weight's own magnitude is known when its copy is made, so it is never a past one."""
