@@ -75,7 +75,7 @@ class Building(NamedTuple):
             raise ModelError("; ".join(problems))
         device = torch.device(device)
         mcore_on_cpu.install(device.type)
-        chosen = choose_kernels(kernels, device.type)
+        chosen = choose_kernels(kernels, device.type, params_dtype)
         config = mcore_config(
             model, layout, params_dtype=params_dtype, recompute=recompute.checked(), fuse=chosen.fuse
         )

@@ -140,13 +140,19 @@ class Kernels(NamedTuple):
         return ModuleSpec(module=self.self_attention, params={"attn_mask_type": kind}, submodules=parts)
 
 
-def choose_kernels(choice: str, device: str) -> Kernels:
-    """For a device type, "cpu" or "cuda"; "auto" takes Transformer Engine where it can, and logs one line."""
+def choose_kernels(choice: str, device: str, dtype: torch.dtype = torch.bfloat16) -> Kernels:
+    """For a device type, "cpu" or "cuda", and the weights' number format.
+
+    "auto" takes Transformer Engine where it can, and logs one line; not for fp32, of whose products Transformer Engine
+    keeps the first 10 bits of each factor (TF32), without a way to say no.
+    """
     if choice not in ("auto", "te", "torch"):
         raise ModelError(f"kernels={choice}: unknown; choose auto, te or torch")
     if choice == "torch":
         return torch_kernels(device)
     obstacle = transformer_engine_obstacle(device)
+    if obstacle is None and choice == "auto" and dtype == torch.float32:
+        obstacle = "Transformer Engine multiplies fp32 in TF32 (kernels=te takes it nevertheless)"
     if obstacle is None:
         logger.info("kernels=%s: Transformer Engine", choice)
         return transformer_engine_kernels()

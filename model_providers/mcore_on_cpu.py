@@ -218,11 +218,16 @@ PLACEHOLDERS: tuple[tuple[Any, str, Any], ...] = (
 )
 
 
+_upstream: dict[str, Any] = {}  # what was replaced, by target
+
+
 def install(device: str, table: tuple[Replacement, ...] = TABLE) -> None:
-    """Put the rows for ``device`` ("cpu" or "cuda") in place; calling again changes nothing."""
+    """Put the rows for ``device`` ("cpu" or "cuda") in place, and only them; calling again changes nothing."""
     for row in table:
         if row.where == "everywhere" or device == "cpu":
             _replace(row)
+        elif (original := _upstream.get(row.target)) is not None:  # the same process ran something on the CPU
+            setattr(row.owner, row.name, original)
     for owner, name, stand_in in PLACEHOLDERS:
         if device == "cpu" and getattr(owner, name) is None:
             setattr(owner, name, stand_in)
@@ -238,6 +243,7 @@ def _replace(row: Replacement) -> None:
             f"megatron-core=={megatron.core.__version__}: {row.target} is not the function that is replaced "
             f"here; tried with {', '.join(TRIED_VERSIONS)}: install one of these"
         )
+    _upstream[row.target] = inspect.getattr_static(row.owner, row.name)
     setattr(row.owner, row.name, staticmethod(row.new) if _is_autograd_function(row.owner) else row.new)
 
 

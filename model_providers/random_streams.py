@@ -66,10 +66,13 @@ def open_tracker(device: str) -> mcore_random.CudaRNGStatesTracker:
             mcore_random._CUDA_RNG_STATE_TRACKER = CpuStreamTracker()
             mcore_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
         return mcore_random._CUDA_RNG_STATE_TRACKER
+    if isinstance(mcore_random._CUDA_RNG_STATE_TRACKER, CpuStreamTracker):
+        mcore_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False  # what ran on the CPU before had its own
     tracker = mcore_random.get_cuda_rng_tracker()
     if not tracker.is_initialized():
-        # Transformer Engine asks only once, when a layer is built, whether there will be streams.
-        tracker.set_states({})
+        # Transformer Engine asks only once, when a layer is built, whether there will be streams, and draws weights
+        # from the model-parallel one, which `initial` draws anew.
+        tracker.add(MODEL_PARALLEL_STREAM, 0)
     return tracker
 
 

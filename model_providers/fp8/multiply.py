@@ -3,6 +3,8 @@
 Both give the same numbers but for the order of sums: a product of two such elements is exact in fp32.
 """
 
+from functools import lru_cache
+
 import torch
 
 from model_providers.fp8.formats import E4M3, E5M2
@@ -40,6 +42,17 @@ def has_kernel(a: Quantised, b: Quantised) -> bool:
     if not set(formats) <= set(EIGHT_BITS):
         return False
     if not a.payload.is_cuda:
-        return True
+        return not cpu_is_led_astray()
     sizes = (*a.payload.shape, *b.payload.shape)
     return all(size % ALIGNMENT == 0 for size in sizes) and torch.cuda.get_device_capability() >= (8, 9)
+
+
+@lru_cache(maxsize=1)
+def cpu_is_led_astray() -> bool:
+    """With AMX for integers torch hands such products to oneDNN, whose kernels want AMX for fp16; else it loops over
+    single numbers (aten/src/ATen/native/Blas.cpp, `_scaled_mm_out_cpu`).
+    """
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_int8") or capabilities.get("amx_tile")) and not capabilities.get(
+        "amx_fp16"
+    )

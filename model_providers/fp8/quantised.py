@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from model_providers.compiled import compiled_on_cuda
-from model_providers.fp8.formats import Format, cast, one_over, unit_of
+from model_providers.fp8 import one_pass
+from model_providers.fp8.formats import E4M3, Format, cast, one_over, unit_of
 
 POWERS_OF_TWO = torch.float8_e8m0fnu  # exponents alone, and NaN: MXFP8's own format of scales
 
@@ -59,17 +60,31 @@ def quantise_whole(x: torch.Tensor, form: Format, unit: torch.Tensor) -> Quantis
 
 def whole_sides(x: torch.Tensor, form: Format, unit: torch.Tensor, *, both: bool) -> Sides:
     """The same, and if wanted its columns."""
-    rows, columns = _scaled(x.detach(), one_over(unit), form, both)
-    return Sides(Quantised(rows, unit), None if columns is None else Quantised(columns, unit))
+    if both and one_pass.has_kernels(x):
+        rows, columns = one_pass.both_sides(x.detach(), one_over(unit), form)
+        return Sides(Quantised(rows, unit), Quantised(columns, unit))
+    made = Quantised(_scaled(x.detach(), one_over(unit), form), unit)
+    return Sides(made, made.transposed() if both else None)
 
 
 @compiled_on_cuda
-def _scaled(
-    x: torch.Tensor, inverse: torch.Tensor, form: Format, both: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """[m k] -> eight bits [m k] and [k m]"""
-    rows = cast(x.float() * inverse, form)
-    return rows, rows.t().contiguous() if both else None
+def _scaled(x: torch.Tensor, inverse: torch.Tensor, form: Format) -> torch.Tensor:
+    return cast(x.float() * inverse, form)
+
+
+def fine_sides(x: torch.Tensor, size: int, *, both: bool) -> Sides:
+    """[m k] in E4M3 with a scale for each ``size`` numbers of a row, of the columns' rows too."""
+    is_whole = size == one_pass.FINE and x.shape[0] % size == 0 and x.shape[1] % size == 0
+    if both and is_whole and one_pass.has_kernels(x):
+        parts = one_pass.both_sides_in_blocks(x.detach())
+        unit = x.new_ones((), dtype=torch.float32)
+        rows, columns = (
+            Quantised(payload, unit, scales.to(POWERS_OF_TWO), (1, size))
+            for payload, scales in (parts[:2], parts[2:])
+        )
+        return Sides(rows, columns)
+    columns_too = quantise_blocks(x.t(), E4M3, (1, size)) if both else None
+    return Sides(quantise_blocks(x, E4M3, (1, size)), columns_too)
 
 
 def quantise_blocks(x: torch.Tensor, form: Format, block: tuple[int, int]) -> Quantised:

@@ -16,7 +16,7 @@ from model_providers.fp8.config import BLOCKS, Fp8Config
 from model_providers.fp8.formats import E4M3, E5M2, Format, largest_magnitude, unit_of
 from model_providers.fp8.history import GRADIENT, INPUT, AmaxHistory
 from model_providers.fp8.nvfp4 import quantise_nvfp4, rotate, unit_of_whole
-from model_providers.fp8.quantised import Quantised, Sides, quantise_blocks, whole_sides
+from model_providers.fp8.quantised import Quantised, Sides, fine_sides, quantise_blocks, whole_sides
 from model_providers.random_streams import generator_here
 
 Operand = Literal["input", "weight", "gradient"]
@@ -100,8 +100,7 @@ class Scaling:
         if operand == "weight" and self.facts.recipe == "blockwise":
             rows = quantise_blocks(x, E4M3, (size, size))
             return Sides(rows, rows.transposed() if both else None)
-        columns = quantise_blocks(x.t(), E4M3, (1, size)) if both else None
-        return Sides(quantise_blocks(x, E4M3, (1, size)), columns)
+        return fine_sides(x, size, both=both)
 
     def _four_bits(self, operand: Operand, x: torch.Tensor, *, both: bool) -> Sides:
         unit = unit_of_whole(self._over_ranks(operand, largest_magnitude(x)))

@@ -74,7 +74,7 @@ def te(monkeypatch: pytest.MonkeyPatch) -> tuple[Library, Kernels]:
     """Choices that end at a stand-in, a new one for each model: a process trains one."""
     made = [stand_in()]
 
-    def choose_kernels(wanted: str, device: str) -> Kernels:
+    def choose_kernels(wanted: str, device: str, dtype: torch.dtype) -> Kernels:
         made.append(stand_in())
         return made[-1][1]
 

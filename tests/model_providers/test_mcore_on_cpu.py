@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from model_providers import mcore_on_cpu
 from model_providers.errors import ModelError
 from model_providers.layer_plan import Recompute
-from model_providers.mcore_on_cpu import TABLE, Replacement, install
+from model_providers.mcore_on_cpu import TABLE, Replacement, install, source_sha256
 from model_providers.random_streams import seed_streams
 from tests.model_providers.plans import (
     LLAMA_LIKE,
@@ -243,6 +243,7 @@ def replacement(
 
 def test_rows_go_in_by_device_and_only_once(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Upstream, "function", Upstream.function)
+    patch.setattr(mcore_on_cpu, "open_tracker", lambda device: None)  # CUDA's asks for CUDA
     cpu_only, everywhere = replacement("cpu"), replacement("everywhere")
     install("cuda", (cpu_only,))
     assert Upstream.function() == "upstream"
@@ -270,3 +271,16 @@ def test_installing_again_after_the_tracker_was_reset_brings_it_back(patch: pyte
     patch.setattr(mcore_random, "_CUDA_RNG_STATE_TRACKER", None)
     install("cpu")
     assert mcore_random._CUDA_RNG_STATE_TRACKER is not None
+
+
+def test_what_ran_on_the_cpu_leaves_nothing_behind_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mcore_on_cpu, "open_tracker", lambda device: None)
+    install("cpu")
+    install("cuda")
+    try:
+        for row in TABLE:
+            here = getattr(row.owner, row.name)
+            assert (here is row.new) == (row.where == "everywhere"), row.target
+            assert row.where == "everywhere" or source_sha256(here) == row.source_sha256, row.target
+    finally:
+        install("cpu")

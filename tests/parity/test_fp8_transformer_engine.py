@@ -44,7 +44,7 @@ def with_stand_in(task: Any, *args: Any) -> Any:
     """On a rank: the task, with kernels and a library that stand for Transformer Engine."""
     library, kernels = stand_in()
     with ExitStack() as stack:
-        stack.enter_context(patch.object(building, "choose_kernels", lambda wanted, device: kernels))
+        stack.enter_context(patch.object(building, "choose_kernels", lambda wanted, device, dtype: kernels))
         stack.enter_context(patch.object(choice, "transformer_engine_obstacle", lambda device: None))
         stack.enter_context(patch.object(choice, "open_library", lambda: library))
         return task(*args)

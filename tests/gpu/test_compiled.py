@@ -1,0 +1,40 @@
+"""What torch.compile makes of our functions on CUDA: quantising to the bit, the others but for rounding."""
+
+import pytest
+import torch
+
+from model_providers import compiled, cross_entropy, fused
+from tests.model_providers.test_compiled import functions, hard_numbers, made
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+]
+ROWS, COLUMNS = 2048, 640  # more than compiled.LARGE
+
+
+def test_compiled_quantising_gives_the_bits_of_the_cpu() -> None:
+    x = hard_numbers(ROWS, COLUMNS)
+    assert compiled.pays(x.cuda())
+    for found, wanted in zip(made(x.cuda()), made(x), strict=True):
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_eager_quantising_gives_the_bits_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "pays", lambda x: False)
+    x = hard_numbers(ROWS, COLUMNS)
+    for found, wanted in zip(made(x.cuda()), made(x), strict=True):
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_functions_compute_what_eager_ones_do_on_the_cpu(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = functions("cpu", torch.float32)
+    for module in (compiled, fused, cross_entropy):
+        monkeypatch.setattr(module, "pays", lambda x: True)
+    for name, tensors in functions("cuda", dtype).items():
+        for found, exact in zip(tensors, wanted[name], strict=True):
+            slack = 1e-4 if dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(found.float().cpu(), exact, rtol=slack, atol=slack, msg=name)
