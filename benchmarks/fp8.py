@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from benchmarks.alone import world_of_one  # before DeepSpeed
-from benchmarks.mfu import Rate, matrix_flops_per_s, parser, seconds_of, shape_here, train_rate
+from benchmarks.mfu import LLAMA_8B, Rate, matrix_flops_per_s, parser, seconds_of, shape_here, train_rate
 
 # isort: split
 import torch
@@ -57,8 +57,10 @@ def products(shape: Shape) -> dict[str, Product]:
     }
 
 
-def facts_of(recipe: Recipe, backend: str) -> Fp8Config:
-    return Fp8Config(recipe=recipe, backend=backend, experiment=recipe == "nvfp4")  # type: ignore[arg-type]
+def facts_of(recipe: Recipe, backend: str, *, bf16_ends: int = 1) -> Fp8Config:
+    """``bf16_ends``: blocks in bf16 at the bottom, and as many at the top."""
+    ends = {"bf16_first": bf16_ends, "bf16_last": bf16_ends}
+    return Fp8Config(recipe=recipe, backend=backend, experiment=recipe == "nvfp4", **ends)  # type: ignore[arg-type]
 
 
 def torch_rows(product: Product, recipe: Recipe, device: torch.device, repeats: int) -> Iterator[Row]:
@@ -129,7 +131,8 @@ def step_rates(
         rates[f"bf16, {kernels}"] = train_rate(shape, kernels=kernels, **measured)  # type: ignore[arg-type]
     for recipe in recipes:
         for backend in (["te"] if te[recipe] is None else []) + ["torch"]:
-            fp8 = facts_of(recipe, backend)
+            # A part of a deep model has no ends.
+            fp8 = facts_of(recipe, backend, bf16_ends=0 if shape is LLAMA_8B else 1)
             # Beside our products the other layers are the fastest there are.
             rates[f"{recipe}, {backend}"] = train_rate(shape, fp8=fp8, **measured)
     return rates

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, get_args
+from unittest.mock import patch
 
 from benchmarks.alone import world_of_one  # before DeepSpeed
 from benchmarks.throughput import LR, Shape, batch, deepspeed_json
@@ -25,6 +26,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch.profiler import ProfilerActivity
 
+from model_providers import initial
 from model_providers.config import ModelConfig
 from model_providers.cost import train_flops_per_token
 from model_providers.families import build_plan
@@ -33,8 +35,8 @@ from model_providers.kernels import KernelChoice as Kernels
 from model_providers.kernels import transformer_engine_obstacle
 from model_providers.layout import Layout
 from pretrain.config import OptimizerConfig
-from pretrain.engine.base import MicroBatch
-from pretrain.engine.groups import join
+from pretrain.engine.base import Engine, MicroBatch
+from pretrain.engine.groups import Groups, join
 from pretrain.engine.zero import build_zero_engine
 
 # Widths and depth of Llama 3.2 1B (its config.json on the hub), with Llama 2's vocabulary.
@@ -52,6 +54,13 @@ LLAMA_1B = Shape(
     sequence=4096,
     micro=4,
 )
+# Four of Llama 3 8B's 32 blocks (its config.json on the hub), with the same vocabulary: wider products.
+LLAMA_8B = Shape(
+    "4 blocks of Llama 8B, sequence 4096",
+    LLAMA_1B.model.model_copy(update={"num_layers": 4, "hidden_size": 4096, "ffn_hidden_size": 14336}),
+    sequence=4096,
+    micro=4,
+)
 SMALL = Shape(
     "toy",
     ModelConfig(
@@ -65,6 +74,7 @@ SMALL = Shape(
     sequence=128,
     micro=2,
 )
+SHAPES = {"1b": LLAMA_1B, "8b": LLAMA_8B}
 MATRIX = {"cuda": 8192, "cpu": 512}  # rows, columns and sum of the measured product
 NO_CUDA = "benchmarks: no CUDA device here; --small runs a toy on the CPU, whose ratios mean nothing"
 
@@ -114,19 +124,8 @@ def train_rate(
     gc.collect()
     get_accelerator().empty_cache()
     groups = join(Layout())
-    plan = build_plan(
-        shape.model,
-        groups.layout,
-        groups.collection,
-        seed=1,
-        sequence_length=shape.sequence,
-        params_dtype=torch.bfloat16,
-        device=groups.device,
-        kernels=kernels,
-        fp8=fp8,
-    )
-    optimizer = OptimizerConfig(type="AdamW", lr=LR)
-    engine = build_zero_engine(plan, groups, json=deepspeed_json(shape, "bf16"), optimizer=optimizer)
+    with patch.object(initial, "_drawn", drawn_on(groups.device)):
+        engine = build_engine(shape, groups, kernels, fp8)
     tokens, labels = batch(shape)
     weights = torch.full(labels.shape, 1.0 / labels.numel(), device=labels.device)
     step = MicroBatch(tokens, (labels, weights))
@@ -140,6 +139,31 @@ def train_rate(
         tell_kernels(train)
     tokens_per_s = micro_batches * shape.tokens / elapsed_s
     return Rate(tokens_per_s, train_flops_per_token(shape.model, shape.sequence), losses[-1])
+
+
+def build_engine(shape: Shape, groups: Groups, kernels: Kernels, fp8: Fp8Config | None) -> Engine:
+    plan = build_plan(
+        shape.model,
+        groups.layout,
+        groups.collection,
+        seed=1,
+        sequence_length=shape.sequence,
+        params_dtype=torch.bfloat16,
+        device=groups.device,
+        kernels=kernels,
+        fp8=fp8,
+    )
+    optimizer = OptimizerConfig(type="AdamW", lr=LR)
+    return build_zero_engine(plan, groups, json=deepspeed_json(shape, "bf16"), optimizer=optimizer)
+
+
+def drawn_on(device: torch.device) -> Callable[..., torch.Tensor]:
+    """In place of weights drawn on the CPU, a billion of which take longer than all that is measured."""
+
+    def drawn(shape: tuple[int, ...], std: float, seed: int, name: str) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device).normal_(0.0, std)
+
+    return drawn
 
 
 def tell_kernels(train: Callable[[], None], *, rows: int = 30) -> None:
@@ -158,13 +182,14 @@ def shape_here(words: argparse.Namespace) -> Shape:
     if not words.small and not torch.cuda.is_available():
         print(NO_CUDA, file=sys.stderr)
         sys.exit(2)
-    chosen = SMALL if words.small else LLAMA_1B
+    chosen = SMALL if words.small else SHAPES[words.shape]
     return replace(chosen, micro=words.micro or chosen.micro)
 
 
 def parser(text: str | None) -> argparse.ArgumentParser:
     own = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     own.add_argument("--small", action="store_true", help="a toy on any device; ratios mean nothing")
+    own.add_argument("--shape", choices=SHAPES, default="1b", help="8b: four blocks of it")
     own.add_argument("--micro", type=int, help="samples of a micro-batch")
     own.add_argument("--steps", type=int, default=10, help="measured ones, after three")
     own.add_argument("--micro-batches", type=int, default=4, help="of a step")

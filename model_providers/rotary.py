@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from model_providers.compiled import compiled_on_cuda, pays
 from model_providers.config import LinearScaling, Llama3Scaling, ModelConfig, YarnScaling
 
 
@@ -111,18 +112,25 @@ def turned(x: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None) 
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
+_turned = compiled_on_cuda(turned)
+
+
 class Rotate(torch.autograd.Function):
     """One tensor turned; its gradient is turned back by the same angle."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.cos, ctx.sin = cos, sin
+        if pays(x):
+            return _turned(x.detach(), cos, sin)
         out = torch.empty_like(x)
         turn(x, out, cos, sin)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        if pays(grad):
+            return _turned(grad, ctx.cos, -ctx.sin), None, None
         grad_x = torch.empty_like(grad)
         turn(grad, grad_x, ctx.cos, -ctx.sin)
         return grad_x, None, None

@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 import torch
 
-from model_providers.compiled import compiled_on_cuda, pays
-
 # Of normal fp32 numbers, so that one over the unit is one too.
 SMALLEST_EXPONENT, LARGEST_EXPONENT = -126, 126
 MANTISSA_BITS, BIAS, INFINITE = 23, 127, 0x7F800000  # of fp32
@@ -32,15 +30,8 @@ def largest_magnitude(x: torch.Tensor) -> torch.Tensor:
     """Of all elements, fp32 []; NaN if one is."""
     if x.numel() == 0:
         return x.new_zeros((), dtype=torch.float32)
-    if pays(x):
-        return _peak(x.detach())
     low, high = torch.aminmax(x)
     return torch.maximum(-low, high).float()
-
-
-@compiled_on_cuda
-def _peak(x: torch.Tensor) -> torch.Tensor:
-    return x.abs().amax().float()
 
 
 def unit_of(magnitude: torch.Tensor, largest: float, *, margin: int = 0) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model_providers import compiled, cross_entropy, fused
+from model_providers import compiled, cross_entropy, fused, rotary
 from tests.model_providers.test_compiled import functions, hard_numbers, made
 
 pytestmark = [
@@ -32,7 +32,7 @@ def test_compiled_functions_compute_what_eager_ones_do_on_the_cpu(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = functions("cpu", torch.float32)
-    for module in (compiled, fused, cross_entropy):
+    for module in (compiled, fused, cross_entropy, rotary):
         monkeypatch.setattr(module, "pays", lambda x: True)
     for name, tensors in functions("cuda", dtype).items():
         for found, exact in zip(tensors, wanted[name], strict=True):

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from model_providers import compiled, cross_entropy, fused
+from model_providers import compiled, cross_entropy, fused, rotary
 from model_providers.building import solo_groups
 from model_providers.compiled import compiled_on_cuda
 from model_providers.cross_entropy import TokenLosses, VocabularyShare
 from model_providers.fp8.formats import E4M3, E5M2, Format, largest_magnitude, unit_of
 from model_providers.fp8.quantised import Quantised, quantise_blocks, whole_sides
 from model_providers.fused import GatedSiLU, SplitHeads
-from model_providers.rotary import RotaryTable
+from model_providers.rotary import RotaryTable, rotate
 from tests.model_providers.plans import llama_like
 
 
@@ -107,6 +107,7 @@ def functions(device: str, dtype: torch.dtype) -> dict[str, list[torch.Tensor]]:
         "gated": outcome(GatedSiLU.apply, x),
         "heads": outcome(lambda x: SplitHeads.apply(x, *halves), joined),
         "heads without positions": outcome(lambda x: SplitHeads.apply(x, None, None), joined),
+        "rotated": outcome(lambda x: rotate(x, *halves), joined[:, :, 0].contiguous()),
         "loss": outcome(lambda x: TokenLosses.apply(x, labels, share), logits),
     }
 
@@ -117,7 +118,7 @@ def test_compiled_functions_compute_what_eager_ones_do(
 ) -> None:
     wanted = functions("cpu", torch.float32)
     monkeypatch.setattr(compiled, "pays", lambda x: True)
-    for module in (fused, cross_entropy):
+    for module in (fused, cross_entropy, rotary):
         monkeypatch.setattr(module, "pays", lambda x: True)
     for name, tensors in functions("cpu", dtype).items():
         for found, exact in zip(tensors, wanted[name], strict=True):
