@@ -2,7 +2,8 @@
 
 A product's columns are its transposed rows, laid out anew, which what torch.compile makes of it writes one byte at a
 time (measured on an H100: 1.6 ms for 16384 x 2048, where the product itself takes 1.0).  Here a tile is turned where it
-lies.  Bits are those of `quantised.py`, which is the reference, and what runs elsewhere.
+lies.  The scale is reckoned in there too: in eager torch that is two dozen launches for one number, and they, not the
+GPU, were what a step waited for.  Bits are those of `quantised.py`, which is the reference, and what runs elsewhere.
 """
 
 import importlib.util
@@ -27,14 +28,18 @@ def has_kernels(x: torch.Tensor) -> bool:
     return triton is not None and x.dim() == 2 and pays(x)
 
 
-def both_sides(x: torch.Tensor, inverse: torch.Tensor, form: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    """[m k], scale [] -> eight bits [m k] and [k m]"""
+def both_sides(
+    x: torch.Tensor, magnitude: torch.Tensor, form: Format, margin: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[m k], fp32 [] -> eight bits [m k] and [k m], and their unit [], as `formats.unit_of` has it."""
     m, k = x.shape
     rows = torch.empty(m, k, dtype=form.dtype, device=x.device)
     columns = torch.empty(k, m, dtype=form.dtype, device=x.device)
+    unit = torch.empty((), dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(m, TILE), triton.cdiv(k, TILE))
-    _scale_and_turn[grid](x, inverse, rows, columns, m, k, x.stride(0), x.stride(1), form.largest, TILE)
-    return rows, columns
+    strides = (x.stride(0), x.stride(1))
+    _scale_and_turn[grid](x, magnitude, rows, columns, unit, m, k, *strides, margin, form.largest, TILE)
+    return rows, columns, unit
 
 
 def both_sides_in_blocks(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -55,14 +60,17 @@ if triton is not None:
 
     @triton.jit
     def _scale_and_turn(
-        x, inverse, rows, columns, m, k, row_stride, column_stride, largest: tl.constexpr, tile: tl.constexpr
-    ):  # type: ignore[no-untyped-def]
+        x, magnitude, rows, columns, unit, m, k, row_stride, column_stride,
+        margin: tl.constexpr, largest: tl.constexpr, tile: tl.constexpr,
+    ):  # type: ignore[no-untyped-def]  # fmt: skip
+        one = _unit(tl.load(magnitude).to(tl.int32, bitcast=True) & 0x7FFFFFFF, margin, largest)
+        if tl.program_id(0) + tl.program_id(1) == 0:
+            tl.store(unit, one)
         i = (tl.program_id(0) * tile + tl.arange(0, tile)).to(tl.int64)
         j = (tl.program_id(1) * tile + tl.arange(0, tile)).to(tl.int64)
         there = (i[:, None] < m) & (j[None, :] < k)
         numbers = tl.load(x + i[:, None] * row_stride + j[None, :] * column_stride, mask=there, other=0.0)
-        scaled = _clipped(numbers.to(tl.float32) * tl.load(inverse), largest)
-        small = scaled.to(rows.dtype.element_ty)
+        small = _clipped(numbers.to(tl.float32) * _one_over(one), largest).to(rows.dtype.element_ty)
         tl.store(rows + i[:, None] * k + j[None, :], small, mask=there)
         turned = (j[:, None] < k) & (i[None, :] < m)
         tl.store(columns + j[:, None] * m + i[None, :], tl.trans(small), mask=turned)
@@ -76,8 +84,8 @@ if triton is not None:
         i = (top * size + tl.arange(0, size)).to(tl.int64)
         j = (left * size + tl.arange(0, size)).to(tl.int64)
         numbers = tl.load(x + i[:, None] * row_stride + j[None, :] * column_stride).to(tl.float32)
-        of_rows = _unit(_peak(numbers, 1), largest)
-        of_columns = _unit(_peak(numbers, 0), largest)
+        of_rows = _unit(_peak(numbers, 1), 0, largest)
+        of_columns = _unit(_peak(numbers, 0), 0, largest)
         small = _clipped(numbers * _one_over(of_rows)[:, None], largest).to(rows.dtype.element_ty)
         tl.store(rows + i[:, None] * k + j[None, :], small)
         tl.store(row_scales + i * (k // size) + left, of_rows)
@@ -95,10 +103,10 @@ if triton is not None:
         return tl.max(numbers.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis)
 
     @triton.jit
-    def _unit(bits, largest: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _unit(bits, margin: tl.constexpr, largest: tl.constexpr):  # type: ignore[no-untyped-def]
         """`formats.unit_of`: ``largest`` is 1.75 times a power of two in both formats."""
         exponents: tl.constexpr = 8 if largest == 448.0 else 15
-        field = (bits >> 23) - exponents + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
+        field = (bits >> 23) - exponents + margin + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
         field = tl.minimum(tl.maximum(field, 1), 253)
         unit = (field << 23).to(tl.float32, bitcast=True)
         unit = tl.where(bits == 0, 1.0, unit)

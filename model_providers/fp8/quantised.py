@@ -55,16 +55,18 @@ class Sides(NamedTuple):
 
 def quantise_whole(x: torch.Tensor, form: Format, unit: torch.Tensor) -> Quantised:
     """[m k] with one unit, [], a power of two."""
-    return whole_sides(x, form, unit, both=False).rows
+    return Quantised(_scaled(x.detach(), one_over(unit), form), unit)
 
 
-def whole_sides(x: torch.Tensor, form: Format, unit: torch.Tensor, *, both: bool) -> Sides:
-    """The same, and if wanted its columns."""
+def whole_sides(
+    x: torch.Tensor, form: Format, magnitude: torch.Tensor, *, margin: int = 0, both: bool
+) -> Sides:
+    """The same with the unit for a largest magnitude, [], and if wanted its columns."""
     if both and one_pass.has_kernels(x):
-        rows, columns = one_pass.both_sides(x.detach(), one_over(unit), form)
-        return Sides(Quantised(rows, unit), Quantised(columns, unit))
-    made = Quantised(_scaled(x.detach(), one_over(unit), form), unit)
-    return Sides(made, made.transposed() if both else None)
+        payload, turned, unit = one_pass.both_sides(x.detach(), magnitude, form, margin)
+        return Sides(Quantised(payload, unit), Quantised(turned, unit))
+    rows = quantise_whole(x, form, unit_of(magnitude, form.largest, margin=margin))
+    return Sides(rows, rows.transposed() if both else None)
 
 
 @compiled_on_cuda

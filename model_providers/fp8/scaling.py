@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from model_providers.fp8 import copies
 from model_providers.fp8.config import BLOCKS, Fp8Config
-from model_providers.fp8.formats import E4M3, E5M2, Format, largest_magnitude, unit_of
+from model_providers.fp8.formats import E4M3, E5M2, Format, largest_magnitude
 from model_providers.fp8.history import GRADIENT, INPUT, AmaxHistory
 from model_providers.fp8.nvfp4 import quantise_nvfp4, rotate, unit_of_whole
 from model_providers.fp8.quantised import Quantised, Sides, fine_sides, quantise_blocks, whole_sides
@@ -84,16 +84,16 @@ class Scaling:
 
     def _by_tensor(self, operand: Operand, x: torch.Tensor, *, both: bool) -> Sides:
         form: Format = E5M2 if operand == "gradient" else E4M3
-        return whole_sides(x, form, self._unit(operand, x, form), both=both)
+        return whole_sides(x, form, self._magnitude(operand, x), margin=self.facts.margin, both=both)
 
-    def _unit(self, operand: Operand, x: torch.Tensor, form: Format) -> torch.Tensor:
+    def _magnitude(self, operand: Operand, x: torch.Tensor) -> torch.Tensor:
         """A weight's own magnitude is known when its copy is made, so it is never a past one."""
         known = None
         if self.history is not None and operand != "weight":
             known = self.history.magnitude(INPUT if operand == "input" else GRADIENT)
         if known is None:
             known = self._over_ranks(operand, largest_magnitude(x))
-        return unit_of(known, form.largest, margin=self.facts.margin)
+        return known
 
     def _by_block(self, operand: Operand, x: torch.Tensor, *, both: bool) -> Sides:
         size = BLOCKS[self.facts.recipe]

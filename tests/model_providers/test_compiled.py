@@ -15,7 +15,7 @@ from model_providers.building import solo_groups
 from model_providers.compiled import compiled_on_cuda
 from model_providers.cross_entropy import TokenLosses, VocabularyShare
 from model_providers.fp8.formats import E4M3, E5M2, Format, largest_magnitude, unit_of
-from model_providers.fp8.quantised import Quantised, quantise_blocks, whole_sides
+from model_providers.fp8.quantised import Quantised, quantise_blocks, quantise_whole, whole_sides
 from model_providers.fused import GatedSiLU, SplitHeads
 from model_providers.rotary import RotaryTable, rotate
 from tests.model_providers.plans import llama_like
@@ -39,7 +39,7 @@ def made(x: torch.Tensor) -> list[list[torch.Tensor]]:
     """All that quantising gives."""
     found = []
     for form in (E4M3, E5M2):
-        sides = whole_sides(x, form, unit_of(largest_magnitude(x), form.largest), both=True)
+        sides = whole_sides(x, form, largest_magnitude(x), margin=1, both=True)
         assert sides.columns is not None
         found += [bits(sides.rows), bits(sides.columns)]
     for block, given in (((1, 128), x), ((1, 128), x.t()), ((128, 128), x), ((1, 32), x.t())):
@@ -58,7 +58,7 @@ def test_compiled_quantising_keeps_what_is_not_finite(monkeypatch: pytest.Monkey
     monkeypatch.setattr(compiled, "pays", lambda x: True)
     x = torch.tensor([[1.0, torch.inf], [2.0, torch.nan]])
     form: Format = E4M3
-    whole = whole_sides(x, form, unit_of(torch.tensor(2.0), form.largest), both=False).rows
+    whole = quantise_whole(x, form, unit_of(torch.tensor(2.0), form.largest))
     assert torch.isnan(whole.values(torch.float32)[1, 1])
     assert not torch.isfinite(quantise_blocks(x, E4M3, (1, 128)).values(torch.float32)).any()
 
