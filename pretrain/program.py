@@ -45,9 +45,11 @@ def run_program(name: str, description: str | None, argv: list[str] | None) -> i
 
     def work() -> None:
         run = load_on_rank(words)
-        from pretrain.run import train  # torch and the libraries, after the words were read
+        from pretrain.engine.groups import leave  # torch and the libraries, after the words were read
+        from pretrain.run import train
 
         train(run)
+        leave()
 
     return exit_code(name, work)
 

@@ -22,7 +22,7 @@ from pretrain.checkpoint.store import CONFIG, ENGINE, STATE, TOKENIZER, WEIGHTS
 from pretrain.checkpoint.weights import ExpertRestorer, state_of, write_layer
 from pretrain.config_io import Run
 from pretrain.engine.base import Engine
-from pretrain.engine.groups import Groups
+from pretrain.engine.groups import Groups, wait_for_all
 from pretrain.engine.layers import tied_names
 from pretrain.errors import RunError
 from pretrain.run_file import to_yaml
@@ -42,19 +42,19 @@ def save(run: Run, engine: Engine, state: RunState, tokenizer_folder: Path) -> P
     folder = root / (final.name + store.PARTIAL)
     if groups.is_first:
         store.partial_folder(root, state.step)
-    dist.barrier()
+    wait_for_all()
     engine.save(folder / ENGINE, client_state=UNIVERSAL_INFO)
     write_weights(folder / WEIGHTS, engine)
     if groups.is_first:
         (folder / STATE).write_text(state.to_json(), "utf-8")
         (folder / CONFIG).write_text(to_yaml(run.config), "utf-8")
         shutil.copytree(tokenizer_folder, folder / TOKENIZER)
-    dist.barrier()
+    wait_for_all()
     records = _hash_together(folder, groups)
     if groups.is_first:
         store.complete(folder, records)
         store.prune(root, run.config.checkpoint.keep_last)
-    dist.barrier()
+    wait_for_all()
     return final
 
 
@@ -181,9 +181,9 @@ def ranks_share_a_disk(folder: Path, groups: Groups) -> bool:
     if groups.is_first:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("seen by all ranks?\n", "utf-8")
-    dist.barrier()
+    wait_for_all()
     blind = groups.any_rank(not probe.exists())
-    dist.barrier()
+    wait_for_all()
     if groups.is_first:
         probe.unlink()
     return not blind

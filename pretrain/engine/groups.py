@@ -114,6 +114,18 @@ def device_of_this_rank() -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
+def wait_for_all() -> None:
+    """Until every rank is here; NCCL wants to hear which device is meant, or guesses and warns."""
+    device = device_of_this_rank()
+    dist.barrier(device_ids=[device.index or 0] if device.type == "cuda" else None)
+
+
+def leave() -> None:
+    """The world, once all is done: NCCL warns where its groups end with the process."""
+    if dist.is_initialized() and device_of_this_rank().type == "cuda":
+        dist.destroy_process_group()
+
+
 def join(layout: Layout, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Groups:
     """Join the world that the launcher's environment describes, and make all groups; every rank must call it."""
     accelerator = get_accelerator()

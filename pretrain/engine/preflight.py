@@ -8,13 +8,12 @@ import logging
 import os
 from typing import Any
 
-import torch.distributed as dist
 from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder, CPULionBuilder
 from deepspeed.ops.op_builder.builder import OpBuilder
 
 from pretrain.config_io import Run
 from pretrain.ds_config import ADAM_LIKE, optimizer_is_offloaded
-from pretrain.engine.groups import Groups
+from pretrain.engine.groups import Groups, wait_for_all
 from pretrain.engine.native_builds import build_obstacle
 from pretrain.engine.quiet import without_stdout
 from pretrain.engine.swap_folders import hold_folders
@@ -77,7 +76,7 @@ def _build(builder: OpBuilder, groups: Groups) -> str | None:
     for turn in (True, False):
         if first_on_node is turn:
             obstacle = build_obstacle(builder)
-        dist.barrier()
+        wait_for_all()
     return groups.first_told(obstacle)
 
 
