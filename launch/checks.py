@@ -343,7 +343,7 @@ def transformer_engine(seen: Seen) -> Verdict | None:
     tried = seen.exam["builds"].get("transformer engine")
     if tried is None:
         return None
-    fix = "pip install 'megaloom[te]', against this torch and CUDA; or kernels=torch"
+    fix = "pip install --no-build-isolation 'megaloom[te]', against this torch and CUDA; or kernels=torch"
     if tried["code"] == 0 and tried["said"] == "loads":
         return ok("loads")
     said = "not installed" if tried["said"] == "absent" else f"does not load: {_why(tried)}"

@@ -176,7 +176,7 @@ def transformer_engine_obstacle(device: str) -> str | None:
     if device != "cuda":
         return f"Transformer Engine runs on CUDA and the device is {device}"
     if importlib.util.find_spec("transformer_engine") is None:
-        return "Transformer Engine is not installed (pip install 'megaloom[te]')"
+        return "Transformer Engine is not installed (pip install --no-build-isolation 'megaloom[te]')"
     try:
         importlib.import_module("transformer_engine.pytorch")
     except Exception as error:  # a build against another CUDA or torch fails in any way it likes
