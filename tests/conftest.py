@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,11 +69,9 @@ def is_marked(item: pytest.Item, marker: str) -> bool:
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[RankPool]:
-    """Gloo ranks that live as long as the test run: ``ranks.run(task, world_size, *args)``."""
-    pool = RankPool()
-    yield pool
-    pool.close()
+def ranks() -> RankPool:
+    """Gloo ranks, fresh ones for each task: ``ranks.run(task, world_size, *args)``."""
+    return RankPool()
 
 
 @pytest.fixture(scope="session")

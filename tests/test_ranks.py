@@ -1,4 +1,4 @@
-"""The pool of ranks itself: it must report a failure, survive it, and leave no state behind."""
+"""Ranks of tests themselves: a failure is reported and survived, and nothing is left behind."""
 
 import pytest
 import torch
@@ -38,4 +38,3 @@ def test_a_failing_rank_is_named_and_the_pool_recovers() -> None:
     with pytest.raises(RankError, match=r"rank 1 of 2 failed first[\s\S]*this rank breaks"):
         pool.run(_fail_on_last, 2)
     assert pool.run(_sum_of_ranks, 2, 0) == [1, 1]
-    pool.close()

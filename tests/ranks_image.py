@@ -1,0 +1,39 @@
+"""What every rank of a test is forked from: all libraries imported, kernels loaded, no thread started.
+
+Importing this is for the server that `multiprocessing` forks ranks from, and for nobody else: it changes the
+process-wide environment.
+"""
+
+import gc
+import importlib
+import os
+import warnings
+
+from tests.ranks import CPU_ONLY_ENVIRONMENT
+
+os.environ.update(CPU_ONLY_ENVIRONMENT)  # before the first import of torch
+warnings.simplefilter("ignore")  # upstream's, once for each import
+OFTEN_USED = (
+    "hypothesis",
+    "pretrain.run",
+    "pretrain.parity",
+    "pretrain.generate",
+    "launch.memory",
+    "tests.opened",
+    "tests.parity.record",
+    "tests.model_providers.plans",
+)
+
+for name in ("torch", "deepspeed", *OFTEN_USED):
+    importlib.import_module(name)
+
+import torch  # noqa: E402
+
+from tests.compile import kernels  # noqa: E402
+
+torch.set_num_threads(1)
+kernels()
+num_threads = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 1
+assert num_threads == 1, f"{num_threads} threads: a process with more than one cannot be forked soundly"
+gc.collect()
+gc.freeze()  # what is here stays: no rank looks through it again
