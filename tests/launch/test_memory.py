@@ -409,7 +409,12 @@ def test_as_much_waits_on_the_host_as_is_estimated(
 # Autograd does not know of what waits for its weights' half.
 SPLIT = {"zb-h1", "zb-v", "fp8 pipeline"}
 # A CPU widens 16-bit matrices, which tells in so small a whole; and what waits is counted by linears alone.
-ROUGH = {"pipeline bf16 full": 0.07, "zb-v": 0.07, "chunked loss bf16 tp": 0.07}
+ROUGH = {
+    "pipeline bf16 full": 0.07,
+    "zb-v": 0.07,
+    "chunked loss bf16 tp": 0.07,
+    "zero1 one micro-batch": 0.08,
+}
 
 
 @pytest.mark.ranks

@@ -112,6 +112,7 @@ def functions(device: str, dtype: torch.dtype) -> dict[str, list[torch.Tensor]]:
     }
 
 
+@pytest.mark.thorough  # half a minute of compiling
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compiled_functions_compute_what_eager_ones_do(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
