@@ -27,6 +27,7 @@ from model_providers.fp8.config import RECIPES, Fp8Config, Recipe
 from model_providers.fp8.multiply import multiply
 from model_providers.fp8.scaling import Scaling
 from model_providers.fp8.transformer_engine import open_library, recipe_of
+from model_providers.kernels import transformer_engine_obstacle
 
 
 class Product(NamedTuple):
@@ -125,14 +126,14 @@ def step_rates(
     shape: Shape, recipes: list[Recipe], te: dict[str, str | None], **measured: Any
 ) -> dict[str, Rate]:
     """By number format and kernels, bf16 first; ``measured``: further words for `train_rate`."""
-    has_te = not all(te.values())
+    has_te = transformer_engine_obstacle("cuda" if torch.cuda.is_available() else "cpu") is None
     rates = {}
     for kernels in (["te"] if has_te else []) + ["torch"]:
         rates[f"bf16, {kernels}"] = train_rate(shape, kernels=kernels, **measured)  # type: ignore[arg-type]
     for recipe in recipes:
         for backend in (["te"] if te[recipe] is None else []) + ["torch"]:
             # A part of a deep model has no ends.
-            fp8 = facts_of(recipe, backend, bf16_ends=0 if shape is LLAMA_8B else 1)
+            fp8 = facts_of(recipe, backend, bf16_ends=0 if shape.model == LLAMA_8B.model else 1)
             # Beside our products the other layers are the fastest there are.
             rates[f"{recipe}, {backend}"] = train_rate(shape, fp8=fp8, **measured)
     return rates

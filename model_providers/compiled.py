@@ -5,62 +5,60 @@ kernels may round otherwise than eager ones; `fp8/quantised.py` may not.  TORCHD
 """
 
 import logging
+import os
 from collections.abc import Callable
-from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from functools import update_wrapper
+from typing import Concatenate, Generic, ParamSpec, TypeVar
 
 import torch
 
 logger = logging.getLogger(__name__)
 
-LARGE = (
-    2**20
-)  # numbers: with fewer, launches take the time, and prompts of all lengths would each be compiled
-SHAPES = 64  # that one function is compiled for, before torch goes on eagerly; its own limit is 8
+# Numbers: with fewer, launches take the time, and prompts of all lengths would each be compiled.
+LARGE = 2**23
+# That one function is compiled for, before torch goes on eagerly; its own limit is 8.
+SHAPES = 64
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def compiled_on_cuda(
-    function: Callable[Concatenate[torch.Tensor, P], R],
-) -> Callable[Concatenate[torch.Tensor, P], R]:
-    """``function``, compiled for each shape of its arguments where its first one is large and on CUDA."""
-    made: list[Callable[..., Any]] = []
+class OnCuda(Generic[P, R]):
+    """A function that is compiled for each shape of its arguments where its first one is large and on CUDA."""
 
-    @wraps(function)
-    def either(x: torch.Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
-        if not pays(x):
-            return function(x, *args, **kwargs)
-        if not made:
-            made.append(_compiled(function))
-        return made[0](x, *args, **kwargs)
+    def __init__(self, function: Callable[Concatenate[torch.Tensor, P], R]):
+        self.function, self.works = function, True
+        self._compiled: Callable[..., R] | None = None
+        update_wrapper(self, function)
 
-    return either
+    def pays(self, x: torch.Tensor) -> bool:
+        """Whether it will be compiled: else who has a faster way in eager torch goes that."""
+        return self.works and pays(x)
+
+    def __call__(self, x: torch.Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
+        if not self.pays(x):
+            return self.function(x, *args, **kwargs)
+        import torch._dynamo as dynamo  # takes seconds, so only where it is used
+
+        if self._compiled is None:
+            self._compiled = torch.compile(self.function, dynamic=False)
+        if dynamo.config.recompile_limit < SHAPES:  # each thread has its own, that of backward passes too
+            dynamo.config.recompile_limit = SHAPES
+        try:
+            return self._compiled(x, *args, **kwargs)
+        except dynamo.exc.TorchDynamoException as error:
+            self.works = False
+            reason = " ".join(str(error).splitlines()[:2])
+            logger.warning("%s runs without torch.compile, and slower: %s", self.function.__name__, reason)
+            return self.function(x, *args, **kwargs)
+
+
+def compiled_on_cuda(function: Callable[Concatenate[torch.Tensor, P], R]) -> OnCuda[P, R]:
+    """For a chain of operations, tensor first."""
+    return OnCuda(function)
 
 
 def pays(x: torch.Tensor) -> bool:
     """Not where somebody else compiles already."""
-    return x.is_cuda and x.numel() >= LARGE and not torch.compiler.is_compiling()
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Eager, and told once, where torch finds no compiler."""
-    import torch._dynamo as dynamo  # takes seconds, so only where it is used
-
-    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, SHAPES)
-    compiled = torch.compile(function, dynamic=False)
-    state = {"works": True}
-
-    @wraps(function)
-    def attempted(*args: Any, **kwargs: Any) -> Any:
-        if state["works"]:
-            try:
-                return compiled(*args, **kwargs)
-            except dynamo.exc.TorchDynamoException as error:
-                state["works"] = False
-                reason = " ".join(str(error).splitlines()[:2])
-                logger.warning("%s runs without torch.compile, and slower: %s", function.__name__, reason)
-        return function(*args, **kwargs)
-
-    return attempted
+    is_large = x.is_cuda and x.numel() >= LARGE
+    return is_large and not torch.compiler.is_compiling() and os.environ.get("TORCHDYNAMO_DISABLE") != "1"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from model_providers.compiled import compiled_on_cuda, pays
+from model_providers.compiled import compiled_on_cuda
 
 CPU_CHUNK = 2**18  # numbers: 1 MB of fp32, which stays in a core's cache from one pass to the next
 
@@ -74,7 +74,7 @@ def write_gradient(
 ) -> None:
     """d loss / d logit = (softmax - one-hot) x grad, over the logits; zero for padding"""
     rows[:, valid:] = 0
-    if pays(rows):
+    if _write_at_once.pays(rows):
         _write_at_once(rows[:, :valid], log_sum, grad, index, own)
         return
     for part, part_log_sum, part_grad, part_index, part_label in in_pieces(

@@ -222,15 +222,21 @@ _upstream: dict[str, Any] = {}  # what was replaced, by target
 
 
 def install(device: str, table: tuple[Replacement, ...] = TABLE) -> None:
-    """Put the rows for ``device`` ("cpu" or "cuda") in place, and only them; calling again changes nothing."""
+    """Put the rows for ``device`` ("cpu" or "cuda") in place, and only them; calling again changes nothing.
+
+    For "cuda" there has to be CUDA.
+    """
     for row in table:
         if row.where == "everywhere" or device == "cpu":
             _replace(row)
         elif (original := _upstream.get(row.target)) is not None:  # the same process ran something on the CPU
             setattr(row.owner, row.name, original)
     for owner, name, stand_in in PLACEHOLDERS:
-        if device == "cpu" and getattr(owner, name) is None:
+        here = getattr(owner, name)
+        if device == "cpu" and here is None:
             setattr(owner, name, stand_in)
+        elif device != "cpu" and here == stand_in:
+            setattr(owner, name, None)
     open_tracker(device)
 
 

@@ -60,7 +60,10 @@ class CpuStreamTracker(mcore_random.CudaRNGStatesTracker):
 
 
 def open_tracker(device: str) -> mcore_random.CudaRNGStatesTracker:
-    """The tracker that megatron-core's modules look up, made if there is none; its streams wait to be seeded."""
+    """The tracker that megatron-core's modules look up, made if there is none.
+
+    Its streams wait to be seeded, but for one on CUDA, for Transformer Engine.
+    """
     if device == "cpu":
         if not isinstance(mcore_random._CUDA_RNG_STATE_TRACKER, CpuStreamTracker):
             mcore_random._CUDA_RNG_STATE_TRACKER = CpuStreamTracker()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from model_providers.compiled import compiled_on_cuda, pays
+from model_providers.compiled import compiled_on_cuda
 from model_providers.config import LinearScaling, Llama3Scaling, ModelConfig, YarnScaling
 
 
@@ -121,7 +121,7 @@ class Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.cos, ctx.sin = cos, sin
-        if pays(x):
+        if _turned.pays(x):
             return _turned(x.detach(), cos, sin)
         out = torch.empty_like(x)
         turn(x, out, cos, sin)
@@ -129,7 +129,7 @@ class Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        if pays(grad):
+        if _turned.pays(grad):
             return _turned(grad, ctx.cos, -ctx.sin), None, None
         grad_x = torch.empty_like(grad)
         turn(grad, grad_x, ctx.cos, -ctx.sin)

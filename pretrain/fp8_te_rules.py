@@ -24,9 +24,13 @@ class Obstacle(NamedTuple):
 
 
 def kernels_are_torchs(run: "Run", fp8: Fp8Config) -> Obstacle | None:
-    if run.config.kernels != "torch":
-        return None
-    return Obstacle("kernels=torch", "its FP8 is that of its own layers", "kernels=te or auto")
+    config = run.config
+    if config.kernels == "torch":
+        return Obstacle("kernels=torch", "its FP8 is that of its own layers", "kernels=te or auto")
+    if config.kernels == "auto" and config.precision.dtype == "fp32":
+        why = "in fp32 auto takes torch's layers, and Transformer Engine's FP8 is that of its own"
+        return Obstacle("kernels=auto", why, "kernels=te")
+    return None
 
 
 def schedule_splits_backward_passes(run: "Run", fp8: Fp8Config) -> Obstacle | None:

@@ -128,6 +128,9 @@ def _rank(
     faulthandler.register(STACKS_SIGNAL, all_threads=False)
     pipe.send("here")
     try:
+        assert "tests.ranks_image" in sys.modules, (
+            "run pytest in the repository's folder: ranks lack what they start from"
+        )
         _join_world(rank, world_size, store, test_run)
         value = task(*args)
         import torch

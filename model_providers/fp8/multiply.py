@@ -42,13 +42,13 @@ def has_kernel(a: Quantised, b: Quantised) -> bool:
     if not set(formats) <= set(EIGHT_BITS):
         return False
     if not a.payload.is_cuda:
-        return not cpu_is_led_astray()
+        return not cpu_has_slow_products()
     sizes = (*a.payload.shape, *b.payload.shape)
     return all(size % ALIGNMENT == 0 for size in sizes) and torch.cuda.get_device_capability() >= (8, 9)
 
 
 @lru_cache(maxsize=1)
-def cpu_is_led_astray() -> bool:
+def cpu_has_slow_products() -> bool:
     """With AMX for integers torch hands such products to oneDNN, whose kernels want AMX for fp16; else it loops over
     single numbers (aten/src/ATen/native/Blas.cpp, `_scaled_mm_out_cpu`).
     """

@@ -6,114 +6,77 @@ lies.  The scale is reckoned in there too: in eager torch that is two dozen laun
 GPU, were what a step waited for.  Bits are those of `quantised.py`, which is the reference, and what runs elsewhere.
 """
 
-import importlib.util
+import logging
+from functools import lru_cache
 
 import torch
 
-from model_providers.compiled import pays
-from model_providers.fp8.formats import E4M3, Format
+from model_providers.fp8.formats import E4M3, Format, cast, largest_magnitude, one_over, unit_of
 
-if importlib.util.find_spec("triton") is not None:
-    import triton
-    import triton.language as tl
-else:  # a torch without CUDA brings none
-    triton = None
+logger = logging.getLogger(__name__)
 
 TILE = 64  # rows and columns of a tile that is only turned
 FINE = 128  # numbers that share a scale in `both_sides_in_blocks`
+WORTH_IT = 2**14  # numbers
+HAS_EIGHT_BITS = (8, 9)  # Ada and Hopper: the first devices that convert to them
 
 
 def has_kernels(x: torch.Tensor) -> bool:
     """For a matrix of this size, on this device."""
-    return triton is not None and x.dim() == 2 and pays(x)
+    return x.is_cuda and x.dim() == 2 and x.numel() >= WORTH_IT and is_trusted(x.device)
+
+
+@lru_cache(maxsize=64)
+def is_trusted(device: torch.device) -> bool:
+    """Whether the kernels run there and make the same bits; tried once, and told once if not."""
+    if torch.cuda.get_device_capability(device) < HAS_EIGHT_BITS:
+        return False
+    x = torch.randn(FINE, FINE, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
+    magnitude = largest_magnitude(x)
+    try:
+        rows, _, unit = both_sides(x, magnitude, E4M3, 0)
+        both_sides_in_blocks(x)
+    except (
+        Exception
+    ) as error:  # no compiler, no Triton, or one that does not know the device: they fail in any way
+        reason = " ".join(str(error).splitlines()[:1]) or type(error).__name__
+        logger.warning("eight-bit operands are made the slow way on %s: %s", device, reason)
+        return False
+    wanted = cast(x.float() * one_over(unit_of(magnitude, E4M3.largest)), E4M3)
+    is_same = torch.equal(rows.view(torch.uint8), wanted.view(torch.uint8)) and bool(
+        unit == unit_of(magnitude, E4M3.largest)
+    )
+    if not is_same:
+        logger.warning("eight-bit operands are made the slow way on %s: its kernel rounds otherwise", device)
+    return is_same
 
 
 def both_sides(
     x: torch.Tensor, magnitude: torch.Tensor, form: Format, margin: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[m k], fp32 [] -> eight bits [m k] and [k m], and their unit [], as `formats.unit_of` has it."""
+    from model_providers.fp8.triton_kernels import scale_and_turn
+
     m, k = x.shape
     rows = torch.empty(m, k, dtype=form.dtype, device=x.device)
     columns = torch.empty(k, m, dtype=form.dtype, device=x.device)
     unit = torch.empty((), dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(m, TILE), triton.cdiv(k, TILE))
+    grid = (-(-m // TILE), -(-k // TILE))
     strides = (x.stride(0), x.stride(1))
-    _scale_and_turn[grid](x, magnitude, rows, columns, unit, m, k, *strides, margin, form.largest, TILE)
+    scale_and_turn[grid](x, magnitude, rows, columns, unit, m, k, *strides, margin, form.largest, TILE)
     return rows, columns, unit
 
 
 def both_sides_in_blocks(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """[m k] -> E4M3 [m k] and its scales [m k/128], then [k m] and [k m/128], scales in fp32; both whole blocks"""
+    from model_providers.fp8.triton_kernels import scale_blocks_and_turn
+
     m, k = x.shape
     rows = torch.empty(m, k, dtype=E4M3.dtype, device=x.device)
     columns = torch.empty(k, m, dtype=E4M3.dtype, device=x.device)
     row_scales = torch.empty(m, k // FINE, dtype=torch.float32, device=x.device)
     column_scales = torch.empty(k, m // FINE, dtype=torch.float32, device=x.device)
-    _scale_blocks_and_turn[(m // FINE, k // FINE)](
-        x, rows, row_scales, columns, column_scales, m, k, x.stride(0), x.stride(1), E4M3.largest, FINE,
-        num_warps=8,
-    )  # fmt: skip
+    tensors = (x, rows, row_scales, columns, column_scales)
+    grid = (m // FINE, k // FINE)
+    scale_blocks_and_turn[grid](*tensors, m, k, x.stride(0), x.stride(1), E4M3.largest, FINE, num_warps=8)
     return rows, row_scales, columns, column_scales
-
-
-if triton is not None:
-
-    @triton.jit
-    def _scale_and_turn(
-        x, magnitude, rows, columns, unit, m, k, row_stride, column_stride,
-        margin: tl.constexpr, largest: tl.constexpr, tile: tl.constexpr,
-    ):  # type: ignore[no-untyped-def]  # fmt: skip
-        one = _unit(tl.load(magnitude).to(tl.int32, bitcast=True) & 0x7FFFFFFF, margin, largest)
-        if tl.program_id(0) + tl.program_id(1) == 0:
-            tl.store(unit, one)
-        i = (tl.program_id(0) * tile + tl.arange(0, tile)).to(tl.int64)
-        j = (tl.program_id(1) * tile + tl.arange(0, tile)).to(tl.int64)
-        there = (i[:, None] < m) & (j[None, :] < k)
-        numbers = tl.load(x + i[:, None] * row_stride + j[None, :] * column_stride, mask=there, other=0.0)
-        small = _clipped(numbers.to(tl.float32) * _one_over(one), largest).to(rows.dtype.element_ty)
-        tl.store(rows + i[:, None] * k + j[None, :], small, mask=there)
-        turned = (j[:, None] < k) & (i[None, :] < m)
-        tl.store(columns + j[:, None] * m + i[None, :], tl.trans(small), mask=turned)
-
-    @triton.jit
-    def _scale_blocks_and_turn(
-        x, rows, row_scales, columns, column_scales, m, k, row_stride, column_stride,
-        largest: tl.constexpr, size: tl.constexpr,
-    ):  # type: ignore[no-untyped-def]  # fmt: skip
-        top, left = tl.program_id(0), tl.program_id(1)
-        i = (top * size + tl.arange(0, size)).to(tl.int64)
-        j = (left * size + tl.arange(0, size)).to(tl.int64)
-        numbers = tl.load(x + i[:, None] * row_stride + j[None, :] * column_stride).to(tl.float32)
-        of_rows = _unit(_peak(numbers, 1), 0, largest)
-        of_columns = _unit(_peak(numbers, 0), 0, largest)
-        small = _clipped(numbers * _one_over(of_rows)[:, None], largest).to(rows.dtype.element_ty)
-        tl.store(rows + i[:, None] * k + j[None, :], small)
-        tl.store(row_scales + i * (k // size) + left, of_rows)
-        small = _clipped(numbers * _one_over(of_columns)[None, :], largest).to(rows.dtype.element_ty)
-        tl.store(columns + j[:, None] * m + i[None, :], tl.trans(small))
-        tl.store(column_scales + j * (m // size) + top, of_columns)
-
-    @triton.jit
-    def _clipped(numbers, largest: tl.constexpr):  # type: ignore[no-untyped-def]
-        return tl.clamp(numbers, -largest, largest, propagate_nan=tl.PropagateNan.ALL)
-
-    @triton.jit
-    def _peak(numbers, axis: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Bits of the largest magnitude: of numbers without a sign they are in the numbers' order, NaN at the end."""
-        return tl.max(numbers.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis)
-
-    @triton.jit
-    def _unit(bits, margin: tl.constexpr, largest: tl.constexpr):  # type: ignore[no-untyped-def]
-        """`formats.unit_of`: ``largest`` is 1.75 times a power of two in both formats."""
-        exponents: tl.constexpr = 8 if largest == 448.0 else 15
-        field = (bits >> 23) - exponents + margin + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
-        field = tl.minimum(tl.maximum(field, 1), 253)
-        unit = (field << 23).to(tl.float32, bitcast=True)
-        unit = tl.where(bits == 0, 1.0, unit)
-        return tl.where(bits < 0x7F800000, unit, float("nan"))
-
-    @triton.jit
-    def _one_over(unit):  # type: ignore[no-untyped-def]
-        bits = unit.to(tl.int32, bitcast=True)
-        inverse = ((254 << 23) - bits).to(tl.float32, bitcast=True)
-        return tl.where(unit == unit, inverse, float("nan"))

@@ -408,13 +408,9 @@ def test_as_much_waits_on_the_host_as_is_estimated(
 
 # Autograd does not know of what waits for its weights' half.
 SPLIT = {"zb-h1", "zb-v", "fp8 pipeline"}
-# A CPU widens 16-bit matrices, which tells in so small a whole; and what waits is counted by linears alone.
-ROUGH = {
-    "pipeline bf16 full": 0.07,
-    "zb-v": 0.07,
-    "chunked loss bf16 tp": 0.07,
-    "zero1 one micro-batch": 0.08,
-}
+# Of the whole: what waits is counted by linears alone; and where little else is, a layer that comes back tells.
+ROUGH = {"zb-v": 0.07, "mlp pipeline": 0.08, "pipeline bf16 full": 0.12}
+WIDENED = 0.08  # a CPU widens 16-bit matrices, which tells in so small a whole
 
 
 @pytest.mark.ranks
@@ -444,5 +440,6 @@ def assert_alike(members: list[tuple[Found, RankMemory]], case: str) -> None:
     if case not in SPLIT:
         assert device.activations == pytest.approx(mean("activations"), rel=0.02)
     everything = device.total + host.total
-    rough = 0.08 if "bf16" in case and not cpu_multiplies_bf16() else 0.05
-    assert everything == pytest.approx(mean("peak"), rel=ROUGH.get(case, rough))
+    is_wide = "bf16" in str(CASES[case][1].get("precision")) and not cpu_multiplies_bf16()
+    rough = ROUGH.get(case, WIDENED if is_wide else 0.05)
+    assert everything == pytest.approx(mean("peak"), rel=rough)

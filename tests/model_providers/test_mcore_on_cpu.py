@@ -282,5 +282,6 @@ def test_what_ran_on_the_cpu_leaves_nothing_behind_for_cuda(monkeypatch: pytest.
             here = getattr(row.owner, row.name)
             assert (here is row.new) == (row.where == "everywhere"), row.target
             assert row.where == "everywhere" or source_sha256(here) == row.source_sha256, row.target
+        assert all(getattr(owner, name) is None for owner, name, _ in mcore_on_cpu.PLACEHOLDERS)
     finally:
         install("cpu")
