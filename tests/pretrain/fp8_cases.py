@@ -4,7 +4,7 @@ from typing import Any
 
 CURRENT = {"recipe": "current"}
 TE = {"recipe": "current", "backend": "te"}
-AUTO = {"kernels": "auto"}
+AUTO = {"kernels": "auto", "precision": "bf16"}
 
 FP8_CASES: tuple[tuple[str, int, dict[str, Any], dict[str, Any] | None, str], ...] = (
     (
@@ -48,6 +48,13 @@ FP8_CASES: tuple[tuple[str, int, dict[str, Any], dict[str, Any] | None, str], ..
         {"fp8": TE},
         None,
         r"fp8\.backend=te with kernels=torch: its FP8 is that of its own layers; .*kernels=te or auto",
+    ),
+    (
+        "transformer_engine_can",
+        1,
+        {"fp8": TE, "kernels": "auto"},
+        None,
+        r"fp8\.backend=te with kernels=auto: in fp32 auto takes torch's layers.*use fp8\.backend=torch, or kernels=te",
     ),
     (
         "transformer_engine_can",

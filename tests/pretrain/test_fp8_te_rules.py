@@ -11,7 +11,7 @@ from pretrain.fp8_rules import emulated_on_cuda
 from pretrain.fp8_te_rules import TE_MULTIPLES, settled_fp8
 from tests.runs import checked, tiny
 
-FITTING = {"kernels": "auto", "data__sequence_length": 64}
+FITTING = {"kernels": "auto", "precision": "bf16", "data__sequence_length": 64}
 
 
 def run_of(corpus: str, out: Path, recipe: str, **changes: Any) -> Any:
