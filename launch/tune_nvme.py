@@ -117,6 +117,9 @@ def file_system(folder: Path, mounts: str) -> str:
     return found
 
 
+STARTS = "DeepSpeed's tuner starts (its kernel is compiled at first use: minutes)"
+
+
 def sweep(folder: Path, space: Space, *, megabytes: int, console: Console) -> dict[Setting, Speed]:
     """Every setting of ``space`` tried by DeepSpeed's tuner; nothing stays in the folder."""
     with _workplace(folder) as (work, logs):
@@ -145,13 +148,19 @@ def _watch(command: Sequence[str], logs: Path, number: int, console: Console) ->
     with (
         words.open("w") as out,
         subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=rank_environment(1)) as tuner,
-        console.status("DeepSpeed's tuner starts (its kernel is compiled at first use: minutes)") as status,
+        console.status(STARTS) as status,
     ):
+        told = 0
+        if not console.is_terminal:  # where a status is not seen
+            console.print(STARTS)
         try:
             while tuner.poll() is None:
                 done = len(list(logs.glob("*_logs/*.txt")))
-                if done:
-                    status.update(f"measurement {done} of {number}")
+                if done != told:
+                    told, line = done, f"measurement {done} of {number}"
+                    status.update(line)
+                    if not console.is_terminal:
+                        console.print(line)
                 time.sleep(0.2)
         finally:
             tuner.terminate()
