@@ -409,7 +409,7 @@ def test_as_much_waits_on_the_host_as_is_estimated(
 # Autograd does not know of what waits for its weights' half.
 SPLIT = {"zb-h1", "zb-v", "fp8 pipeline"}
 # Of the whole: what waits is counted by linears alone; and where little else is, a layer that comes back tells.
-ROUGH = {"zb-v": 0.07, "mlp pipeline": 0.08, "pipeline bf16 full": 0.12}
+ROUGH = {"zb-v": 0.07, "mlp pipeline": 0.08, "pipeline bf16 full": 0.2}
 WIDENED = 0.08  # a CPU widens 16-bit matrices, which tells in so small a whole
 
 
