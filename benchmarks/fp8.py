@@ -5,6 +5,7 @@ forward pass has them.  Transformer Engine's rows are there where it can be load
 
     python -m benchmarks.fp8                          # on CUDA
     python -m benchmarks.fp8 --recipes current        # fewer of them
+    python -m benchmarks.fp8 --shape 8b --bf16-ends 0 # wider products: a slice of a deeper model
     python -m benchmarks.fp8 --small                  # a toy anywhere; its ratios mean nothing
 """
 
@@ -13,7 +14,15 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from benchmarks.alone import world_of_one  # before DeepSpeed
-from benchmarks.mfu import LLAMA_8B, Rate, matrix_flops_per_s, parser, seconds_of, shape_here, train_rate
+from benchmarks.mfu import (
+    Rate,
+    bf16_kernels,
+    matrix_flops_per_s,
+    parser,
+    seconds_of,
+    shape_here,
+    train_rate,
+)
 
 # isort: split
 import torch
@@ -27,7 +36,6 @@ from model_providers.fp8.config import RECIPES, Fp8Config, Recipe
 from model_providers.fp8.multiply import multiply
 from model_providers.fp8.scaling import Scaling
 from model_providers.fp8.transformer_engine import open_library, recipe_of
-from model_providers.kernels import transformer_engine_obstacle
 
 
 class Product(NamedTuple):
@@ -123,17 +131,15 @@ def product_table(name: str, product: Product, rows: list[Row]) -> Table:
 
 
 def step_rates(
-    shape: Shape, recipes: list[Recipe], te: dict[str, str | None], **measured: Any
+    shape: Shape, recipes: list[Recipe], te: dict[str, str | None], *, bf16_ends: int, **measured: Any
 ) -> dict[str, Rate]:
     """By number format and kernels, bf16 first; ``measured``: further words for `train_rate`."""
-    has_te = transformer_engine_obstacle("cuda" if torch.cuda.is_available() else "cpu") is None
     rates = {}
-    for kernels in (["te"] if has_te else []) + ["torch"]:
-        rates[f"bf16, {kernels}"] = train_rate(shape, kernels=kernels, **measured)  # type: ignore[arg-type]
+    for kernels in bf16_kernels():
+        rates[f"bf16, {kernels}"] = train_rate(shape, kernels=kernels, **measured)
     for recipe in recipes:
         for backend in (["te"] if te[recipe] is None else []) + ["torch"]:
-            # A part of a deep model has no ends.
-            fp8 = facts_of(recipe, backend, bf16_ends=0 if shape.model == LLAMA_8B.model else 1)
+            fp8 = facts_of(recipe, backend, bf16_ends=bf16_ends)
             # Beside our products the other layers are the fastest there are.
             rates[f"{recipe}, {backend}"] = train_rate(shape, fp8=fp8, **measured)
     return rates
@@ -156,6 +162,9 @@ def main() -> None:
     usual = [recipe for recipe in RECIPES if recipe != "nvfp4"]
     own.add_argument("--recipes", nargs="+", choices=RECIPES, default=usual, metavar="RECIPE")
     own.add_argument("--products-only", action="store_true")
+    own.add_argument(
+        "--bf16-ends", type=int, default=1, help="blocks in bf16 at either end; a slice of a model has 0"
+    )
     words = own.parse_args()
     shape = shape_here(words)
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -174,6 +183,7 @@ def main() -> None:
                 shape,
                 words.recipes,
                 te,
+                bf16_ends=words.bf16_ends,
                 steps=words.steps,
                 micro_batches=words.micro_batches,
                 profile=words.profile,

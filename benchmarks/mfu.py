@@ -177,6 +177,12 @@ def tell_kernels(train: Callable[[], None], *, rows: int = 30) -> None:
     print(found.key_averages().table(sort_by=order, row_limit=rows, max_name_column_width=70))
 
 
+def bf16_kernels() -> list[Kernels]:
+    """Those that bf16 is measured with here."""
+    device = torch.device(get_accelerator().current_device_name())
+    return ["te", "torch"] if transformer_engine_obstacle(device.type) is None else ["torch"]
+
+
 def shape_here(words: argparse.Namespace) -> Shape:
     """Exits with 2 where there is nothing to measure."""
     if not words.small and not torch.cuda.is_available():
@@ -204,11 +210,10 @@ def main() -> None:
     shape = shape_here(words)
     with world_of_one():
         device = torch.device(get_accelerator().current_device_name())
-        has_te = transformer_engine_obstacle(device.type) is None
         peak = matrix_flops_per_s(device, torch.bfloat16, repeats=words.steps)
         print(f"{shape.name}, {words.micro_batches} micro-batches of {shape.micro} a step")
         print(f"bf16 products: {peak / 1e12:,.2f} TFLOP/s")
-        for kernels in words.kernels or (["te", "torch"] if has_te else ["torch"]):
+        for kernels in words.kernels or bf16_kernels():
             rate = train_rate(
                 shape,
                 steps=words.steps,

@@ -28,11 +28,17 @@ class ChunkActivations(NamedTuple):
     """Bytes per token of one run of layers, for one micro-batch."""
 
     kept: float  # from its forward pass to its backward pass
-    again: float  # more, while the backward pass computes a group of layers again
+    # Beside ``kept``, the most inside of a group of layers in the backward pass: more by what comes back there, less by
+    # what layers behind it have let go.
+    inside: float
     waiting: float  # after the first half of a backward pass, until weight gradients are computed
-    after_blocks: float  # of ``kept``: what the backward pass lets go before it comes to the last block
     on_host: float = 0.0  # what waits in the CPU's memory, and is not in ``kept``
     newest: float = 0.0  # of that, what is on the device all the same, whichever micro-batch is at work
+
+    @property
+    def again(self) -> float:
+        """More than ``kept``, while the backward pass computes a group of layers again."""
+        return max(0.0, self.inside)
 
 
 class Moment(NamedTuple):
@@ -162,14 +168,12 @@ def chunk_activations(facts: Facts, start: int, stop: int) -> ChunkActivations:
         if index in inputs or not shares[index].is_checkpointable:
             kept += costs[index]
     memory = _memory(facts, start, stop)
-    again = max((up_to[first] + sum(plain[first:last]) - kept for first, last in bounds), default=0.0)
-    last_block = bounds[-1][1] if bounds else start
+    inside = max((up_to[first] + sum(plain[first:last]) - kept for first, last in bounds), default=-kept)
     on_host, newest = _offloaded(facts, start, bounds) if facts.offloads else (0.0, 0.0)
     return ChunkActivations(
         kept=kept + memory - on_host,
-        again=max(0.0, again) if facts.recompute != "none" else 0.0,
+        inside=inside,
         waiting=_waiting(facts, start, stop),
-        after_blocks=sum(costs[last_block:stop]),
         on_host=on_host,
         newest=newest,
     )

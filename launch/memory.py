@@ -214,8 +214,8 @@ def _workspace_of(facts: Facts, tokens: int, last: Span, has_loss: bool, is_plai
     if not has_loss:
         return block
     # When the backward pass comes to the blocks, it has let the logits go.
-    gone = tokens * chunk_activations(facts, *last).after_blocks if is_plain else 0.0
-    return max(block - gone, _loss_workspace(facts, tokens))
+    inside = tokens * chunk_activations(facts, *last).inside if is_plain else 0.0
+    return max(block + inside, _loss_workspace(facts, tokens))
 
 
 def _loss_workspace(facts: Facts, tokens: int) -> float:

@@ -31,6 +31,7 @@ from pretrain.ds_config import read_json
 from pretrain.errors import RunError
 
 TUNER = "pretrain.engine.nvme_tuner"
+STARTS = "DeepSpeed's tuner starts (its kernel is compiled at first use: minutes)"
 MIB = 1 << 20
 SPARE = 3  # files of the size that is read and written, at most at once
 MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
@@ -115,9 +116,6 @@ def file_system(folder: Path, mounts: str) -> str:
         if whole.is_relative_to(point) and len(point.parts) >= depth:
             found, depth = kind, len(point.parts)
     return found
-
-
-STARTS = "DeepSpeed's tuner starts (its kernel is compiled at first use: minutes)"
 
 
 def sweep(folder: Path, space: Space, *, megabytes: int, console: Console) -> dict[Setting, Speed]:

@@ -144,7 +144,7 @@ def choose_kernels(choice: str, device: str, dtype: torch.dtype = torch.bfloat16
     """For a device type, "cpu" or "cuda", and the weights' number format.
 
     "auto" takes Transformer Engine where it can, and logs one line; not for fp32, of whose products Transformer Engine
-    keeps the first 10 bits of each factor (TF32), without a way to say no.
+    keeps the first 10 bits of each factor (TF32), unless cuBLAS is told not to (NVIDIA_TF32_OVERRIDE=0).
     """
     if choice not in ("auto", "te", "torch"):
         raise ModelError(f"kernels={choice}: unknown; choose auto, te or torch")

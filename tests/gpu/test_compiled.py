@@ -5,7 +5,7 @@ import torch
 
 from model_providers import compiled
 from model_providers.fp8 import one_pass
-from tests.model_providers.test_compiled import all_compiled, functions, hard_numbers, made
+from tests.model_providers.test_compiled import assert_compiled_as_eager_on_the_cpu, hard_numbers, made
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,14 +30,11 @@ def test_eager_quantising_gives_the_bits_of_the_cpu(monkeypatch: pytest.MonkeyPa
         assert all(torch.equal(a.cpu(), b) for a, b in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "slack"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"]
+)
 def test_compiled_functions_compute_what_eager_ones_do_on_the_cpu(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, slack: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = functions("cpu", torch.float32)
     monkeypatch.setattr(compiled, "pays", lambda x: True)
-    for name, tensors in functions("cuda", dtype).items():
-        for found, exact in zip(tensors, wanted[name], strict=True):
-            slack = 1e-4 if dtype == torch.float32 else 2e-2
-            torch.testing.assert_close(found.float().cpu(), exact, rtol=slack, atol=slack, msg=name)
-    assert all_compiled()
+    assert_compiled_as_eager_on_the_cpu("cuda", dtype, slack=slack)

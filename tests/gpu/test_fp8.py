@@ -27,7 +27,7 @@ TE = [
     )
     for recipe in RECIPES
 ]
-RATE = 0.02  # of SGD; faster, a rounding in the first step is a large difference in the last
+RATE = 0.01  # of SGD; faster, a rounding in the first step is a large difference in the last
 SIZES: dict[str, Any] = {
     "num_layers": 4,
     "hidden_size": 256,
@@ -79,7 +79,7 @@ def test_transformer_engine_follows_the_loss_of_our_products(recipe: str) -> Non
 @pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "nvfp4"])
 def test_our_products_on_cuda_follow_the_cpu(recipe: str) -> None:
     found = trained(recipe, "torch", kernels="torch")
-    assert found == pytest.approx(trained_on_cpu(recipe), rel=5e-2)
+    assert found == pytest.approx(trained_on_cpu(recipe), rel=2e-2)
 
 
 @pytest.mark.parametrize("shape", [(2048, 1024, 768), (48, 64, 80)], ids=["large", "small"])

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from megatron.core.tensor_parallel import CheckpointWithoutOutput
@@ -19,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from launch.memory import RankMemory, rank_memory
 from launch.scenario import scenario_of
 from model_providers import cross_entropy
+from model_providers.linears import BF16_INSTRUCTIONS
 from pretrain.loop import begin_step
 from tests.opened import Opened, opened
 
@@ -37,11 +39,12 @@ class Found:
 
 def measure(raw: dict[str, Any]) -> tuple[Found, RankMemory]:
     """The second step of a run, since the first one makes the optimizer's states."""
-    chunk, cross_entropy.CPU_CHUNK = cross_entropy.CPU_CHUNK, 1 << 40  # all at once, as on CUDA
-    try:
+    able = dict.fromkeys(BF16_INSTRUCTIONS, True)
+    with (
+        patch.object(cross_entropy, "CPU_CHUNK", 1 << 40),  # all at once, as on CUDA
+        patch.object(torch.cpu, "get_capabilities", lambda: able),  # 16-bit matrices are not widened there
+    ):
         return _measure(raw)
-    finally:
-        cross_entropy.CPU_CHUNK = chunk
 
 
 def measure_states(raw: dict[str, Any]) -> tuple[int, RankMemory]:

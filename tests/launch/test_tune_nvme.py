@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,9 @@ def test_deepspeeds_tuner_measures_a_disk(tmp_path: Path, monkeypatch: pytest.Mo
         "sequential_requests": [False],
         "single_submit": [False],
     }
-    speeds = tune_nvme.sweep(tmp_path, space, megabytes=4, console=Console(quiet=True))
+    told = StringIO()
+    speeds = tune_nvme.sweep(tmp_path, space, megabytes=4, console=Console(file=told))
+    assert tune_nvme.STARTS.split()[0] in told.getvalue() and " of 4" in told.getvalue()
     assert {setting.threads for setting in speeds} == {1, 2}
     assert all(speed.read_bytes_per_s > 0 and speed.write_bytes_per_s > 0 for speed in speeds.values())
     assert not list(tmp_path.iterdir())
