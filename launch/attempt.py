@@ -142,6 +142,8 @@ class Attempt:
             elif code in SIGNALLED:
                 name = signal.Signals(SIGNALLED[code]).name
                 self._watch.launcher_failed(code, f": something that it started was killed ({name})")
+            elif code < 0 and len(self._processes) == 1:
+                self._watch.launchers_ended(f": it was killed ({signal.Signals(-code).name})")
             else:
                 last = self._last.get(number)
                 self._watch.launcher_failed(code, f" ({last})" if last else "")

@@ -1,7 +1,8 @@
 """Command lines that start the keepers of all ranks: the `deepspeed` launcher in each of its ways, and plain ssh.
 
 Plain ssh starts DeepSpeed's own per-node launcher on every host, so ranks find the same environment; it needs neither
-pdsh here nor DeepSpeed or torch on the machine that it starts from.
+pdsh here nor DeepSpeed or torch on the machine that it starts from.  A single machine has nobody to look for, so the
+per-node launcher is started at once: `deepspeed` would import itself only to start it.
 """
 
 import base64
@@ -98,26 +99,16 @@ def command_shown(job: Job, launcher: str, *, hostfile: str | None = None) -> st
 
 def _here(job: Job) -> Start:
     environment = {**rank_environment(job.num_ranks), **job.variables}
-    which = ["--num_accelerators", str(job.num_ranks)]
+    devices = list(range(job.num_ranks))
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
-    if visible and num_gpus():  # with a number alone, DeepSpeed would take the first devices of all
-        devices = visible.split(",")[: job.num_ranks]
-        if not all(device.strip().isdigit() for device in devices):
+    if visible and num_gpus():  # which the launcher sets anew, for the devices that it is told
+        names = [name.strip() for name in visible.split(",")[: job.num_ranks]]
+        if not all(name.isdigit() for name in names):
             raise RunError(
                 f"CUDA_VISIBLE_DEVICES={visible}: the deepspeed launcher knows devices by number only"
             )
-        which = ["--include", f"localhost:{','.join(device.strip() for device in devices)}"]
-        del environment["CUDA_VISIBLE_DEVICES"]
-    launcher = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--log_level",
-        "critical",
-        "--hostfile",
-        "",
-    ]
-    return Start([*launcher, *which, "--master_port", str(job.port), *_program(job)], environment)
+        devices = [int(name) for name in names]
+    return Start(_node_launcher(job, {"localhost": devices}, 0, log_level="critical"), environment)
 
 
 def _by_deepspeed(job: Job, launcher: str, scratch: Path) -> Start:
@@ -151,16 +142,21 @@ def _by_deepspeed(job: Job, launcher: str, scratch: Path) -> Start:
 
 def _by_ssh(job: Job, number: int) -> Start:
     world = {host.name: list(host.slots) for host in job.hosts}
-    words = [
-        *("env", *(f"{name}={value}" for name, value in job.variables.items())),
-        *(sys.executable, "-u", "-m", "deepspeed.launcher.launch", "--log_level", "error"),
+    variables = (f"{name}={value}" for name, value in job.variables.items())
+    words = ["env", *variables, *_node_launcher(job, world, number, log_level="error")]
+    host = job.hosts[number].name
+    return Start(ssh_words(host, in_folder(os.getcwd(), words)), dict(os.environ), host)
+
+
+def _node_launcher(job: Job, world: Mapping[str, list[int]], number: int, *, log_level: str) -> list[str]:
+    """What starts the ranks of one host: ``world`` has the slots of all, in order."""
+    return [
+        *(sys.executable, "-u", "-m", "deepspeed.launcher.launch", "--log_level", log_level),
         f"--world_info={base64.urlsafe_b64encode(json.dumps(world).encode()).decode()}",
         f"--node_rank={number}",
         *(f"--master_addr={job.address}", f"--master_port={job.port}"),
         *_program(job),
     ]
-    host = job.hosts[number].name
-    return Start(ssh_words(host, in_folder(os.getcwd(), words)), dict(os.environ), host)
 
 
 def _program(job: Job) -> list[str]:

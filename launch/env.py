@@ -4,6 +4,7 @@ Nothing that the user set is overwritten.  What depends on a host (its cores, it
 keeper of each rank; what the user set here and the libraries read travels to every host.
 """
 
+import importlib
 import os
 import socket
 from collections.abc import Mapping
@@ -107,6 +108,7 @@ def for_this_process() -> None:
     """Before a command imports torch and DeepSpeed itself, which would remark on a machine without GPUs."""
     if device_type() == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    importlib.import_module("model_providers.late_compile")
 
 
 def _number(text: str | None) -> int | None:

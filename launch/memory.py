@@ -113,7 +113,7 @@ def eight_bit_copies(scenario: Scenario, spans: tuple[Span, ...]) -> int:
         for start, stop in spans
         for place in range(start, stop)
         for shape in shapes[place]
-        if place in places and shape.is_hidden and not shape.is_expert
+        if place in places and shape.is_hidden and (fp8.takes_experts or not shape.is_expert)
     ]
     at_once = max(elements, default=0) if scenario.zero_stage == 3 else sum(elements)
     return round(2 * fp8.bytes_per_number * at_once) if fp8.recipe != "blockwise" else 2 * at_once

@@ -107,13 +107,13 @@ class Watch:
         """The launcher ended badly before any rank told why."""
         self._fail(Failure(f"the launcher ended with code {code}{words}", None, None, code, step=self.step))
 
-    def launchers_ended(self) -> None:
+    def launchers_ended(self, how: str = "") -> None:
         """All launchers have ended: well only if every rank has said that it has."""
         lost = [number for number, rank in enumerate(self.ranks) if rank.ended is None]
         if lost and not self.has_failed and not self.is_stopping:
             hosts = {self.ranks[number].host for number in lost}
             where = next(iter(hosts)) if len(hosts) == 1 else None
-            what = f"the launcher ended before {_listed(lost)} did"
+            what = f"the launcher ended before {_listed(lost)} did{how}"
             self._fail(Failure(what, where, None, 1, step=self.step))
 
     def _say(self, said: Said) -> None:

@@ -56,6 +56,7 @@ class ActivationMemory(NamedTuple):
     modules: tuple[str, ...] = ("core_attn",)  # that selective recompute forgets
     chunked_loss: bool = False
     eight_bits: float | None = None  # bytes of a number of a linear's input, where a block runs in FP8
+    has_fp8_experts: bool = False  # whether routed experts run in FP8 too
 
     def embedding(self) -> float:
         """Its dropout's mask, and the token's id."""
@@ -77,24 +78,50 @@ class ActivationMemory(NamedTuple):
         return self._norms_and_residual() / self._shards() + attention / self.tp + mlp - saved
 
     def _saved_by_eight_bits(self, *, has_experts: bool) -> float:
-        """What is not kept because linears keep their inputs in eight bits (fp8/linears.py); experts do not."""
+        """What is not kept because linears keep their inputs in eight bits (fp8/linears.py, fp8/experts.py)."""
         if self.eight_bits is None:
             return 0.0
         m, mla = self.model, self.model.mla
         total = self._of_row_input(m.query_width if mla is None else m.value_width)
         if mla is None:
             total += self._of_normed_input()
-        else:  # the down projections keep what they share with nobody, and norms of latents feed the others
+        else:
             latents = [rank for rank in (mla.q_lora_rank, mla.kv_lora_rank) if rank is not None]
-            total += sum(self._of_column_input(rank) for rank in latents)
-            total -= 0 if mla.q_lora_rank or self._shards() > 1 else self.eight_bits * m.hidden_size
-        if has_experts or self._forgets("mlp"):
+            total += sum(self._of_column_input(rank) for rank in latents) + self._of_latents_input()
+        if has_experts:
+            return total + self._saved_by_experts()
+        if self._forgets("mlp"):
             return total
         is_kept_anyway = m.activation == "relu"  # whose output tells where it was positive
         middle = self._of_row_input(m.ffn_width)
         if is_kept_anyway:
             middle -= self.bytes_per_value * m.ffn_width / self.tp
         return total + self._of_normed_input() + middle
+
+    def _of_latents_input(self) -> float:
+        """Two linears read the norm's output and keep a copy each; only one that is cut keeps a shard as it is."""
+        assert self.eight_bits is not None and self.model.mla is not None
+        width, shards = self.model.hidden_size, self._shards()
+        is_shard_kept = shards > 1 and not self.model.mla.q_lora_rank
+        copies = self.eight_bits * (1 if is_shard_kept else 2)
+        is_let_go = not is_shard_kept and not self._forgets("layernorm")
+        return ((self.bytes_per_value if is_let_go else 0) - copies) * width / shards
+
+    def _saved_by_experts(self) -> float:
+        """Routed experts keep copies of their tokens; shared ones read what the router keeps anyway."""
+        m, moe = self.model, self.model.moe
+        assert self.eight_bits is not None and moe is not None
+        if self._forgets("moe"):
+            return 0.0
+        total, each = 0.0, self.bytes_per_value - self.eight_bits
+        if self.has_fp8_experts:
+            middle = -self.eight_bits if self._forgets("moe_act") else each
+            row = each * m.hidden_size + middle * moe.ffn_hidden_size / self.etp
+            total += moe.top_k * self.etp / self.tp * row
+        if moe.shared_ffn_hidden_size and not self._forgets("shared_experts"):
+            total += self._of_row_input(moe.shared_ffn_hidden_size)
+            total -= self.eight_bits * m.hidden_size if self._shards() == 1 else 0
+        return total
 
     def _of_row_input(self, width: int) -> float:
         assert self.eight_bits is not None

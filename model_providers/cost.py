@@ -117,7 +117,7 @@ def _of_block(memory: ActivationMemory, fp8: Fp8Config | None, index: int, depth
     """What block ``index`` of a stack of ``depth`` keeps."""
     if fp8 is None or not fp8.is_fp8_block(index, depth):
         return memory
-    return memory._replace(eight_bits=fp8.bytes_per_number)
+    return memory._replace(eight_bits=fp8.bytes_per_number, has_fp8_experts=fp8.takes_experts)
 
 
 def _electra_costs(model: ModelConfig, memory: ActivationMemory, fp8: Fp8Config | None) -> list[LayerCost]:

@@ -9,7 +9,7 @@ Gradients of weights can wait for a pipeline's idle moments, as those of our lin
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -93,9 +93,22 @@ def _ends(counts: Sequence[int], device: torch.device) -> torch.Tensor:
 
 
 class ExpertLinear(nn.Module):
-    """One matrix of all experts of a rank: weight [e n k], marked for the layout and for gradients' sums."""
+    """One matrix of all experts of a rank: weight [e n k], marked for the layout and for gradients' sums.
 
-    def __init__(self, config: Any, num_experts: int, size_out: int, size_in: int, *, cut: int, stride: int):
+    ``cut``: the axis that the expert tensor group shares out; ``groups``: for those that agree on more than sums.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        num_experts: int,
+        size_out: int,
+        size_in: int,
+        *,
+        cut: int,
+        stride: int,
+        groups: Any = None,
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, size_out, size_in, dtype=config.params_dtype))
         mark_expert(self.weight, cut=cut, stride=stride, is_shared_out=config.expert_model_parallel_size > 1)
@@ -121,15 +134,18 @@ class GroupedExperts(MegatronModule):
     What comes out is this rank's part of a sum over that group, which the dispatcher takes.
     """
 
+    linear: ClassVar[type[ExpertLinear]] = ExpertLinear
+
     def __init__(
         self, num_local_experts: int, config: Any, submodules: Any = None, pg_collection: Any = None
     ):
         super().__init__(config=config)
         width = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
         parts = 2 if config.gated_linear_unit else 1
-        sizes = (num_local_experts, parts * width, config.hidden_size)
-        self.linear_fc1 = ExpertLinear(config, *sizes, cut=1, stride=parts)
-        self.linear_fc2 = ExpertLinear(config, num_local_experts, config.hidden_size, width, cut=2, stride=1)
+        up, down = (parts * width, config.hidden_size), (config.hidden_size, width)
+        named = {"groups": pg_collection}
+        self.linear_fc1 = self.linear(config, num_local_experts, *up, cut=1, stride=parts, **named)
+        self.linear_fc2 = self.linear(config, num_local_experts, *down, cut=2, stride=1, **named)
         self._is_gated_silu = config.gated_linear_unit and config.activation_func is F.silu
         self._activation = GatedActivation(config) if config.gated_linear_unit else config.activation_func
         self._forgets = config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules

@@ -27,11 +27,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from model_providers.errors import ModelError
+from model_providers.experts import GroupedExperts
 from model_providers.fp8.config import Fp8Config
-from model_providers.fp8.linears import fp8_linears
+from model_providers.fp8.experts import fp8_experts
+from model_providers.fp8.linears import fp8_linears, fp8_replicated
 from model_providers.latent import LatentAttention, LatentSubmodules
 from model_providers.linears import (
     ColumnLinear,
+    ReplicatedLinear,
     RowLinear,
     WideColumnLinear,
     WideRowLinear,
@@ -66,6 +69,8 @@ class Kernels(NamedTuple):
     fuse: bool  # let megatron-core use its fused activation and bias-dropout-add
     precision: Callable[[], AbstractContextManager[None]] = nullcontext  # entered around each block's work
     is_transformer_engine: bool = False
+    down_linear: Any = ReplicatedLinear  # to the latents of attention
+    experts: type[GroupedExperts] = GroupedExperts
 
     def block_submodules(
         self,
@@ -99,7 +104,7 @@ class Kernels(NamedTuple):
             self_attn_bda=get_bias_dropout_add,
             **reading,
             pre_mlp_layernorm=norm,
-            mlp=dense if experts is None else expert_layer(experts, mlp),
+            mlp=dense if experts is None else expert_layer(experts, mlp, self.experts),
             mlp_bda=get_bias_dropout_add,
         )
 
@@ -125,6 +130,7 @@ class Kernels(NamedTuple):
                 core_attention=partial(self.core_attention, **widths),
                 linear_proj=self.row_linear,
                 column_linear=self.column_linear,
+                down_linear=self.down_linear,
                 norm=self.norm,
             )
             return ModuleSpec(module=LatentAttention, submodules=parts)
@@ -168,7 +174,13 @@ def fp8_kernels(kernels: Kernels, facts: Fp8Config) -> Kernels:
     is_ours = issubclass(kernels.column_linear, ColumnLinear)
     column, row = (kernels.column_linear, kernels.row_linear) if is_ours else (ColumnLinear, RowLinear)
     column, row = fp8_linears(facts, column, row)
-    return kernels._replace(name=f"{kernels.name}, {facts.recipe} fp8", column_linear=column, row_linear=row)
+    return kernels._replace(
+        name=f"{kernels.name}, {facts.recipe} fp8",
+        column_linear=column,
+        row_linear=row,
+        down_linear=fp8_replicated(facts),
+        experts=fp8_experts(facts) if facts.takes_experts else GroupedExperts,
+    )
 
 
 def transformer_engine_obstacle(device: str) -> str | None:

@@ -19,7 +19,6 @@ from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import nn
 
-from model_providers.linears import ReplicatedLinear
 from model_providers.portable import extend_cache, mask_type
 from model_providers.rotary import rotate
 
@@ -31,6 +30,7 @@ class LatentSubmodules:
     core_attention: Any
     linear_proj: Any
     column_linear: Any
+    down_linear: Any
     norm: Any
 
 
@@ -54,13 +54,11 @@ class LatentAttention(Attention):
         if config.q_lora_rank is None:
             self.linear_q_proj = self._column(submodules, config.hidden_size, query_width)
         else:
-            self.linear_q_down_proj = ReplicatedLinear(config, config.hidden_size, config.q_lora_rank)
+            self.linear_q_down_proj = self._down_linear(submodules, config.q_lora_rank)
             self.q_layernorm = self._norm(submodules, config.q_lora_rank)
             self.linear_q_up_proj = self._column(submodules, config.q_lora_rank, query_width)
         latent = config.kv_lora_rank
-        self.linear_kv_down_proj = ReplicatedLinear(
-            config, config.hidden_size, latent + config.qk_pos_emb_head_dim
-        )
+        self.linear_kv_down_proj = self._down_linear(submodules, latent + config.qk_pos_emb_head_dim)
         self.kv_layernorm = self._norm(submodules, latent)
         self.linear_kv_up_proj = self._column(
             submodules, latent, heads * (config.qk_head_dim + config.v_head_dim)
@@ -79,6 +77,11 @@ class LatentAttention(Attention):
             skip_bias_add=False,
             is_expert=False,
             tp_group=self.pg_collection.tp,
+        )
+
+    def _down_linear(self, submodules: LatentSubmodules, size_out: int) -> nn.Module:
+        return submodules.down_linear(
+            self.config, self.config.hidden_size, size_out, tp_group=self.pg_collection.tp
         )
 
     def _norm(self, submodules: LatentSubmodules, width: int) -> nn.Module:

@@ -137,11 +137,19 @@ def _product(
 class ReplicatedLinear(nn.Module):
     """A linear that every tensor rank holds whole; under sequence parallelism each feeds it its own tokens.
 
-    ``sees_all``: each rank feeds it all tokens even then, so that its gradients are whole.
+    ``sees_all``: each rank feeds it all tokens even then, so that its gradients are whole.  ``tp_group``: for
+    those that agree on more than sums.
     """
 
     def __init__(
-        self, config: Any, size_in: int, size_out: int, *, bias: bool = False, sees_all: bool = False
+        self,
+        config: Any,
+        size_in: int,
+        size_out: int,
+        *,
+        bias: bool = False,
+        sees_all: bool = False,
+        tp_group: Any = None,
     ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size_out, size_in, dtype=config.params_dtype))

@@ -46,11 +46,13 @@ class ExpertLayer(MoELayer):
         )
 
 
-def expert_layer(place: ExpertPlace, shared: MLPSubmodules) -> type[ExpertLayer]:
+def expert_layer(
+    place: ExpertPlace, shared: MLPSubmodules, experts: type[GroupedExperts] = GroupedExperts
+) -> type[ExpertLayer]:
     """``shared``: the linears and the activation of the shared experts, as of a dense MLP."""
     parts = MoESubmodules(
         router=Router,
-        experts=ModuleSpec(module=GroupedExperts),
+        experts=ModuleSpec(module=experts),
         shared_experts=ModuleSpec(module=SharedExpertMLP, submodules=shared),
     )
     return type("ExpertLayer", (ExpertLayer,), {"place": place, "parts": parts})

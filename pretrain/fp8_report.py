@@ -94,8 +94,10 @@ def _begin(path: Path, trained: Trained, subject: Subject, samples: str, exact: 
         blocks = Blocks(0, 0)
     dtype = config.precision.dtype
     notes = [FP16_NOTE] if dtype == "fp16" else []
-    if config.model.moe is not None and not any("experts" in n and "shared" not in n for n in names):
-        notes.append("experts stay in the run's own format: FP8 is that of the other linears")
+    if config.model.moe is not None and not stated.takes_experts:
+        notes.append(
+            "routed experts stay in the run's own format, as the run says (fp8.experts, fp8.backend)"
+        )
     return Report(
         checkpoint=str(path),
         samples=samples,

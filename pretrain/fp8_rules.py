@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from model_providers.fp8.config import BLOCKS, Fp8Config, GuardConfig, Recipe
-from pretrain.fp8_te_rules import linear_widths, shared_widths, transformer_engine_can
+from pretrain.fp8_te_rules import expert_width, linear_widths, shared_widths, transformer_engine_can
 from pretrain.optimizer_rules import Rule
 
 if TYPE_CHECKING:  # Run holds what the rules look at; config_io imports this module
@@ -60,13 +60,24 @@ def options_belong_to_the_recipe(run: "Run") -> str | None:
     return None
 
 
+def experts_are_there(run: "Run") -> str | None:
+    fp8 = run.config.fp8
+    if fp8 is not None and fp8.experts is not None and run.config.model.moe is None:
+        return (
+            f"fp8.experts={str(fp8.experts).lower()}: the model has no routed experts; leave it out, or give it "
+            f"model.moe.num_experts"
+        )
+    return None
+
+
 def blocks_are_not_cut_by_tp(run: "Run") -> str | None:
     """A scale's block that lies on two tensor ranks would be two blocks, and the layout would change the numbers."""
     fp8, layout = run.config.fp8, run.layout
     if fp8 is None or layout.tp == 1 or fp8.recipe not in BLOCKS:
         return None
     size = BLOCKS[fp8.recipe]
-    for name, width in shared_widths(run.config.model, layout):
+    of_experts = expert_width(run.config.model, layout, fp8) if layout.expert_tp > 1 else []
+    for name, width in [*shared_widths(run.config.model, layout), *of_experts]:
         if width % size:
             return (
                 f"fp8.recipe={fp8.recipe} with layout.tp={layout.tp}: a rank's share of {name} is {width} wide, no "
@@ -82,7 +93,8 @@ def emulated_on_cuda(run: "Run", fp8: Fp8Config) -> str | None:
         return f"fp8.recipe={fp8.recipe}: torch has no such products, they are emulated and slower than bf16"
     tokens = run.micro_size * run.config.data.sequence_length
     sizes = [("a micro-batch", "tokens", tokens)]
-    sizes += [(name, "wide", width) for name, width in linear_widths(run.config.model, run.layout)]
+    widths = linear_widths(run.config.model, run.layout) + expert_width(run.config.model, run.layout, fp8)
+    sizes += [(name, "wide", width) for name, width in widths]
     for name, unit, size in sizes:
         if size % multiple:
             return (
@@ -127,6 +139,7 @@ FP8_RULES: tuple[Rule, ...] = (
     four_bits_are_an_experiment,
     some_blocks_are_fp8,
     options_belong_to_the_recipe,
+    experts_are_there,
     transformer_engine_can,
     blocks_are_not_cut_by_tp,
     limits_are_looked_at,

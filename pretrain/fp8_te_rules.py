@@ -47,6 +47,12 @@ def current_scaling_has_a_margin(run: "Run", fp8: Fp8Config) -> Obstacle | None:
     return Obstacle(f"fp8.margin={fp8.margin}", "Transformer Engine's current scaling leaves none", "delayed")
 
 
+def experts_are_asked_for(run: "Run", fp8: Fp8Config) -> Obstacle | None:
+    if not fp8.experts:
+        return None
+    return Obstacle("fp8.experts=true", "its layers leave routed experts as they are", "fp8.experts=false")
+
+
 def zero_3_would_keep_whole_weights(run: "Run", fp8: Fp8Config) -> Obstacle | None:
     """Its linears save the eight-bit weight for the backward pass (pytorch/module/linear.py), whole on each rank."""
     if run.zero_stage < 3 or run.config.recompute.mode == "full":
@@ -84,6 +90,7 @@ OBSTACLES: tuple[Callable[["Run", Fp8Config], Obstacle | None], ...] = (
     kernels_are_torchs,
     schedule_splits_backward_passes,
     current_scaling_has_a_margin,
+    experts_are_asked_for,
     zero_3_would_keep_whole_weights,
     tokens_do_not_fill_blocks,
     widths_do_not_fill_blocks,
@@ -125,7 +132,7 @@ def linear_widths(model: ModelConfig, layout: Layout) -> list[tuple[str, int]]:
 
 
 def shared_widths(model: ModelConfig, layout: Layout) -> Iterator[tuple[str, int]]:
-    """What tp cuts of the linears of blocks, elements on each rank; routed experts run in 16 bits."""
+    """What tp cuts of the linears of blocks, elements on each rank; of routed experts see `expert_width`."""
     tp = layout.tp
     yield "the attention's output", model.value_width // tp
     if model.mla is None:
@@ -141,6 +148,13 @@ def shared_widths(model: ModelConfig, layout: Layout) -> Iterator[tuple[str, int
     if model.electra is not None:
         for name, width in shared_widths(model.generator, layout):
             yield name.replace("the ", "the generator's ", 1), width
+
+
+def expert_width(model: ModelConfig, layout: Layout, fp8: Fp8Config) -> list[tuple[str, int]]:
+    """What an expert's tensor group cuts, elements on each rank, where experts follow the recipe."""
+    if model.moe is None or not fp8.takes_experts:
+        return []
+    return [("an expert", model.moe.ffn_hidden_size // layout.expert_tp)]
 
 
 def _above(length: int, multiple: int) -> int:

@@ -16,7 +16,7 @@ import torch
 from data_tools.loader import SampleSource
 from model_providers.building import solo_groups
 from model_providers.fp8.config import Fp8Config, Recipe
-from model_providers.fp8.linears import Fp8Linear
+from model_providers.fp8.linears import Follows
 from model_providers.fp8.scaling import Operand, Scaling
 from model_providers.fp8.simulated import SimulatedScaling
 from model_providers.fp8.tally import OPERANDS, Facts, Tally, facts_of
@@ -29,7 +29,7 @@ from pretrain.sharpness import sharpness, worst_losses
 
 Gradients = list[torch.Tensor]  # fp32, of each parameter
 Linears = dict[str, dict[Operand, Facts]]  # by a linear's name
-Choose = Callable[[Fp8Linear], Scaling | None]  # None: the format of the rest of the model
+Choose = Callable[[Follows], Scaling | None]  # None: the format of the rest of the model
 
 
 class Alone(NamedTuple):
@@ -77,9 +77,9 @@ class Subject:
     earlier: Sequence[MicroBatch]  # other samples, from which past scales are learnt
 
     @cached_property
-    def linears(self) -> list[Fp8Linear]:
+    def linears(self) -> list[Follows]:
         return [
-            part for layer in self.trained.layers for part in layer.modules() if isinstance(part, Fp8Linear)
+            part for layer in self.trained.layers for part in layer.modules() if isinstance(part, Follows)
         ]
 
     @cached_property
@@ -95,6 +95,9 @@ class Subject:
         return {stack: max(index for other, index in places if other == stack) + 1 for stack, _ in places}
 
     def is_narrow(self, name: str, blocks: Blocks) -> bool:
+        stated = self.trained.config.fp8
+        if ".experts." in name and stated is not None and not stated.takes_experts:
+            return False
         stack, index = block_of(name)
         facts = Fp8Config(recipe="current", bf16_first=blocks.first, bf16_last=blocks.last)
         return facts.is_fp8_block(index, self.depths[stack])
@@ -113,16 +116,16 @@ class Subject:
     def with_recipe(self, recipe: Recipe, blocks: Blocks) -> Choose:
         facts = Fp8Config(recipe=recipe, experiment=True)
 
-        def choose(part: Fp8Linear) -> Scaling | None:
+        def choose(part: Follows) -> Scaling | None:
             is_narrow = self.is_narrow(part.scaling.name, blocks)
-            return Scaling(facts, solo_groups().tp, cut=part.cut) if is_narrow else None
+            return scaling_of(part, facts) if is_narrow else None
 
         return choose
 
     def with_bits(self, exponent_bits: int, mantissa_bits: int, blocks: Blocks) -> Choose:
         bits = {"exponent_bits": exponent_bits, "mantissa_bits": mantissa_bits}
 
-        def choose(part: Fp8Linear) -> Scaling | None:
+        def choose(part: Follows) -> Scaling | None:
             is_narrow = self.is_narrow(part.scaling.name, blocks)
             return SimulatedScaling(solo_groups().tp, cut=part.cut, **bits) if is_narrow else None
 
@@ -174,11 +177,15 @@ class Subject:
         return float((worst * weights.t()).sum())
 
 
-def wide(part: Fp8Linear) -> Scaling:
+def wide(part: Follows) -> Scaling:
     """One that lets the linear run in the format of the rest."""
-    scaling = Scaling(part.facts, solo_groups().tp, cut=part.cut)
+    scaling = scaling_of(part, part.facts)
     scaling.is_barred = True
     return scaling
+
+
+def scaling_of(part: Follows, facts: Fp8Config) -> Scaling:
+    return Scaling(facts, solo_groups().tp, cut=part.cut, num_experts=part.num_experts)
 
 
 def block_of(name: str) -> tuple[str, int]:

@@ -19,6 +19,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import model_providers.late_compile  # noqa: F401  # before megatron-core
 from model_providers.logical import describe_parameter, is_routed_expert, merge
 from pretrain.batches import Feed, open_run_data
 from pretrain.config_io import Run

@@ -4,6 +4,7 @@ The launcher puts ``--local_rank=N`` first; the variable LOCAL_RANK says the sam
 """
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -45,6 +46,7 @@ def run_program(name: str, description: str | None, argv: list[str] | None) -> i
 
     def work() -> None:
         run = load_on_rank(words)
+        importlib.import_module("model_providers.late_compile")  # before megatron-core
         from pretrain.engine.groups import leave  # torch and the libraries, after the words were read
         from pretrain.run import train
 

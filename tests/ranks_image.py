@@ -4,6 +4,7 @@ Importing this is for the server that `multiprocessing` forks ranks from, and fo
 process-wide environment.
 """
 
+import contextlib
 import gc
 import importlib
 import os
@@ -23,13 +24,35 @@ OFTEN_USED = (
     "tests.parity.record",
     "tests.model_providers.plans",
 )
+# Which libraries import no sooner than a run needs them.
+LATE = (
+    "deepspeed.comm.mori",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.original_muon",
+    "deepspeed.utils.pin_memory",
+    "megatron.core.transformer.moe.experts",
+    "rich._emoji_codes",
+    "torch.profiler._cupti_monitor",
+    "torch._subclasses.schema_check_mode",
+    "torch.utils.serialization.config",
+    "numpy.ctypeslib",
+    "ds_configs",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+)
 
-for name in ("torch", "deepspeed", *OFTEN_USED):
+for name in ("torch", "deepspeed", "model_providers.late_compile", *OFTEN_USED):
     importlib.import_module(name)
+for name in LATE:
+    with contextlib.suppress(ImportError):  # another version has other names
+        importlib.import_module(name)
 
+import deepspeed  # noqa: E402
 import torch  # noqa: E402
 
 from tests.compile import kernels  # noqa: E402
+
+_ = deepspeed.ops.__compatible_ops__  # every process would ask the compiler anew
 
 torch.set_num_threads(1)
 kernels()

@@ -33,7 +33,7 @@ class GuardConfig(Facts):
 
 
 class Fp8Config(Facts):
-    """Linear layers of blocks in FP8; norms, attention's core, routers, embeddings and heads stay as they are."""
+    """Linear layers of blocks in FP8, experts' too; norms, attention's core, routers, embeddings and heads are not."""
 
     recipe: Recipe = Field(
         description="delayed: scales from past steps; current: from the tensor itself; blockwise: 1x128 and 128x128; "
@@ -45,6 +45,9 @@ class Fp8Config(Facts):
     )
     bf16_first: int = Field(1, ge=0, description="blocks at the bottom that stay in the run's own format")
     bf16_last: int = Field(1, ge=0, description="blocks at the top that stay in the run's own format")
+    experts: bool | None = Field(
+        None, description="routed experts too; null: where the backend can, which torch does"
+    )
     start_step: int = Field(0, ge=0, description="optimizer steps before the first one in FP8")
     amax_history: int = Field(1024, ge=1, description="delayed: steps whose largest value counts")
     margin: int = Field(0, ge=0, description="delayed, current: powers of two that are left free above it")
@@ -56,6 +59,11 @@ class Fp8Config(Facts):
         GuardConfig(), description="takes linears, or all of them, out of FP8; null: nobody does"
     )
     experiment: bool = Field(False, description="nvfp4 is asked for knowing that no hardware here runs it")
+
+    @property
+    def takes_experts(self) -> bool:
+        """Whether routed experts follow the recipe; Transformer Engine's layers leave them out."""
+        return self.experts is not False and self.backend != "te"
 
     @property
     def bytes_per_number(self) -> float:

@@ -12,25 +12,36 @@ INPUT, GRADIENT = 0, 1  # columns
 
 
 class AmaxHistory:
-    """Of one linear: the largest input and the largest gradient of its output, by optimizer step."""
+    """Of one linear: the largest input and the largest gradient of its output, by optimizer step.
 
-    def __init__(self, length: int):
-        self.largest = torch.zeros(length, 2)  # fp32, by step modulo length
+    Of routed experts each has its own, on every rank those of all experts of the layer.
+    """
+
+    def __init__(self, length: int, num_experts: int = 1):
+        self.largest = torch.zeros(length, num_experts, 2)  # fp32, by step modulo length
         self.num_steps = 0  # that are in it
-        self.seen = torch.zeros(2)  # in the step at hand
+        self.seen = torch.zeros(num_experts, 2)  # in the step at hand
 
-    def note(self, which: int, magnitude: torch.Tensor) -> None:
+    def note(self, which: int, magnitude: torch.Tensor, expert: int = 0) -> None:
         """A value of this step: counts from the next step on."""
         if self.seen.device != magnitude.device:
             self.seen = self.seen.to(magnitude.device)
-        self.seen[which] = torch.maximum(self.seen[which], magnitude)
+        self.seen[expert, which] = torch.maximum(self.seen[expert, which], magnitude)
 
-    def magnitude(self, which: int) -> torch.Tensor | None:
-        """The largest of the past steps, fp32 []; None before the first step has ended."""
-        return self.largest[:, which].max() if self.num_steps else None
+    def magnitude(self, which: int, expert: int = 0) -> torch.Tensor | None:
+        """The largest of the past steps, fp32 []; None before the first step has ended.
+
+        Of an expert that has had no tokens in them, what its neighbours had.
+        """
+        if not self.num_steps:
+            return None
+        own = self.largest[:, expert, which].max()
+        if self.largest.shape[1] == 1:
+            return own
+        return torch.where(own > 0, own, self.largest[..., which].max())
 
     def roll(self, seen: torch.Tensor | None) -> None:
-        """The step has ended, with ``seen`` [2] over all ranks; None: it was not applied and does not count."""
+        """The step has ended, with ``seen`` [experts 2] over all ranks; None: it was not applied and does not count."""
         if seen is not None:
             if self.largest.device != seen.device:
                 self.largest = self.largest.to(seen.device)
@@ -45,10 +56,11 @@ class AmaxHistory:
         """Of a run whose window may have had another length: then the newest values are taken over."""
         largest, num_steps = state["largest"], state["num_steps"]
         assert isinstance(largest, torch.Tensor) and isinstance(num_steps, int)
+        largest = largest.view(len(largest), -1, 2)
         if len(largest) != len(self.largest):
             order = [step % len(largest) for step in range(max(0, num_steps - len(largest)), num_steps)]
             newest = largest[order][-len(self.largest) :]
             num_steps = len(newest)
-            largest = torch.zeros(len(self.largest), 2)
+            largest = torch.zeros_like(self.largest, device=largest.device)
             largest[:num_steps] = newest
         self.largest, self.num_steps = largest.to(device), num_steps

@@ -19,10 +19,12 @@ from model_providers.fp8.config import Fp8Config
 from model_providers.fp8.multiply import multiply
 from model_providers.fp8.quantised import Quantised
 from model_providers.fp8.scaling import Operand, Scaling
+from model_providers.linears import ReplicatedLinear
 from model_providers.mcore_on_cpu import gather_along_first_dim, reduce, reduce_scatter_along_first_dim
 
 COLUMN_CUTS: frozenset[Operand] = frozenset(("weight", "gradient"))
 ROW_CUTS: frozenset[Operand] = frozenset(("weight", "input"))
+SEQUENCE_CUTS: frozenset[Operand] = frozenset(("input", "gradient"))
 
 
 class Fp8Product(torch.autograd.Function):
@@ -70,7 +72,9 @@ class Fp8Product(torch.autograd.Function):
             work = partial(
                 _weight_gradient, ctx.scaling, given.columns, columns, shard, ctx.group, weight.dtype
             )
-            store = weight_gradients.open_store()
+            # A hook on a weight that every tensor rank holds sums their parts of its gradient, and does not wait.
+            is_part = getattr(ctx.parameter, "sequence_parallel", False)
+            store = None if is_part else weight_gradients.open_store()
             if store is None:
                 grad_weight = work()
             else:
@@ -114,11 +118,18 @@ def _weight_gradient(
     return multiply(gradient, columns, dtype)
 
 
-class Fp8Linear(nn.Module):
-    """Stands before one of our linears in the list of bases; ``facts`` and ``cut`` are set by subclasses."""
+class Follows(nn.Module):
+    """What has a matrix whose products follow a recipe; stands before one of our linears in the list of bases."""
 
     facts: ClassVar[Fp8Config]
-    cut: ClassVar[frozenset[Operand]]
+    cut: frozenset[Operand]  # as `Scaling` takes them
+    num_experts: int = 1
+    scaling: Scaling
+
+
+class Fp8Linear(Follows):
+    """``facts`` and ``cut`` are set by subclasses."""
+
     tp_group: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -166,15 +177,41 @@ def fp8_linears(chosen: Fp8Config, column: type, row: type) -> tuple[type, type]
     return Fp8Column, Fp8Row
 
 
+class Fp8Replicated(Follows, ReplicatedLinear):
+    """Every tensor rank holds it whole; ``facts`` are set by subclasses.
+
+    Under sequence parallelism each rank has its own tokens, and what is largest is so over all of them.
+    """
+
+    def __init__(self, config: Any, size_in: int, size_out: int, *, tp_group: Any, **named: Any):
+        super().__init__(config, size_in, size_out, tp_group=tp_group, **named)
+        self.cut = SEQUENCE_CUTS if config.sequence_parallel else frozenset()
+        self.scaling = Scaling(self.facts, tp_group, cut=self.cut)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [s b k] -> [s b n]
+        if not self.scaling.is_on:
+            return super().forward(x)
+        is_trained = torch.is_grad_enabled()
+        return Fp8Product.apply(x, self.weight, self.bias, False, False, None, self.scaling, is_trained)
+
+
+@lru_cache(maxsize=32)
+def fp8_replicated(chosen: Fp8Config) -> type[ReplicatedLinear]:
+    class Replicated(Fp8Replicated):
+        facts = chosen
+
+    return Replicated
+
+
 def scalings(module: nn.Module) -> Iterator[Scaling]:
     """Of all linears in ``module`` that follow a recipe, in order."""
     for part in module.modules():
-        if isinstance(part, Fp8Linear):
+        if isinstance(part, Follows):
             yield part.scaling
 
 
 def name_linears(module: nn.Module, name: str) -> None:
     """Tell each linear of the layer called ``name`` what the whole model calls it."""
     for path, part in module.named_modules():
-        if isinstance(part, Fp8Linear):
+        if isinstance(part, Follows):
             part.scaling.name = f"{name}.{path}"

@@ -24,17 +24,21 @@ Look = Callable[[Operand, torch.Tensor, Quantised], None]
 
 
 class Scaling:
-    """Of one linear.  ``cut``: the operands of which a tensor rank holds a share, never mind the sequence's."""
+    """Of one linear, or of the same matrix of all experts of a layer, each of which has scales of its own.
 
-    def __init__(self, facts: Fp8Config, group: Any, *, cut: frozenset[Operand]):
+    ``cut``: the operands of which a rank of ``group`` holds a share, never mind the sequence's.  ``num_experts``: over
+    all ranks; an ``expert`` is one of these.
+    """
+
+    def __init__(self, facts: Fp8Config, group: Any, *, cut: frozenset[Operand], num_experts: int = 1):
         self.facts, self.name = facts, ""  # the whole model's name of the linear, once it is built
         self.has_begun, self.is_barred = True, False  # its first step has come; a guard took it out
         self.is_paused = False  # out for a moment
         self.strikes = 0  # watched steps in a row on which it was bad
         self.look: Look | None = None  # sees every operand of training once, while someone watches
-        self.history = AmaxHistory(facts.amax_history) if facts.recipe == "delayed" else None
-        self._group, self._cut = group, cut
-        self._copy: tuple[int, Sides] | None = None
+        self.history = AmaxHistory(facts.amax_history, num_experts) if facts.recipe == "delayed" else None
+        self._group, self._cut, self._num_experts = group, cut, num_experts
+        self._copies: dict[int, tuple[int, Sides]] = {}  # by expert; with the step
 
     @property
     def is_on(self) -> bool:
@@ -44,53 +48,60 @@ class Scaling:
         """How many tensor ranks hold the same numbers of it."""
         return 1 if self._group is None or operand in self._cut else int(self._group.size())
 
-    def input(self, x: torch.Tensor, *, both: bool, is_trained: bool) -> Sides:
+    def input(self, x: torch.Tensor, *, both: bool, is_trained: bool, expert: int = 0) -> Sides:
         """[t k] -> rows [t k], and for the weight's gradient columns [k t]; past scales learn from training only."""
         if self.history is not None and is_trained:
-            self.history.note(INPUT, largest_magnitude(x))
-        return self._quantise("input", x, both=both, is_shown=is_trained)
+            self.history.note(INPUT, largest_magnitude(x), expert)
+        return self._quantise("input", x, both=both, is_shown=is_trained, expert=expert)
 
-    def gradient(self, grad: torch.Tensor, *, both: bool) -> Sides:
+    def gradient(self, grad: torch.Tensor, *, both: bool, expert: int = 0) -> Sides:
         """[t n] -> rows [t n], columns [n t]"""
         if self.history is not None:
-            self.history.note(GRADIENT, largest_magnitude(grad))
-        return self._quantise("gradient", grad, both=both)
+            self.history.note(GRADIENT, largest_magnitude(grad), expert)
+        return self._quantise("gradient", grad, both=both, expert=expert)
 
-    def weight(self, weight: torch.Tensor, *, both: bool = True) -> Sides:
+    def weight(self, weight: torch.Tensor, *, both: bool = True, expert: int = 0) -> Sides:
         """[n k] -> rows [n k], columns [k n]; kept for the rest of the step, so with columns, asked for or not."""
         step = copies.current()
-        if step is not None and self._copy is not None and self._copy[0] == step:
-            return self._copy[1]
-        sides = self._quantise("weight", weight.detach(), both=both or step is not None)
-        self._copy = None if step is None else (step, sides)
+        kept = self._copies.get(expert)
+        if step is not None and kept is not None and kept[0] == step:
+            return kept[1]
+        sides = self._quantise("weight", weight.detach(), both=both or step is not None, expert=expert)
+        if step is None:
+            self._copies.clear()
+        else:
+            self._copies[expert] = (step, sides)
         return sides
 
     def let_go(self) -> None:
-        """Of the copy, whose weight changes."""
-        self._copy = None
+        """Of copies, whose weights change."""
+        self._copies.clear()
 
-    def _quantise(self, operand: Operand, x: torch.Tensor, *, both: bool, is_shown: bool = True) -> Sides:
+    def _quantise(
+        self, operand: Operand, x: torch.Tensor, *, both: bool, is_shown: bool = True, expert: int = 0
+    ) -> Sides:
         """``is_shown``: not where a forward pass is no part of training, or is only gathered once more."""
         recipe = self.facts.recipe
         if recipe in ("delayed", "current"):
-            sides = self._by_tensor(operand, x, both=both)
+            sides = self._by_tensor(operand, x, expert, both=both)
         elif recipe == "nvfp4":
-            sides = self._four_bits(operand, x, both=both)
+            sides = self._four_bits(operand, x, expert, both=both)
         else:
             sides = self._by_block(operand, x, both=both)
         if self.look is not None and is_shown:
             self.look(operand, x, sides.rows)
         return sides
 
-    def _by_tensor(self, operand: Operand, x: torch.Tensor, *, both: bool) -> Sides:
+    def _by_tensor(self, operand: Operand, x: torch.Tensor, expert: int, *, both: bool) -> Sides:
         form: Format = E5M2 if operand == "gradient" else E4M3
-        return whole_sides(x, form, self._magnitude(operand, x), margin=self.facts.margin, both=both)
+        magnitude = self._magnitude(operand, x, expert)
+        return whole_sides(x, form, magnitude, margin=self.facts.margin, both=both)
 
-    def _magnitude(self, operand: Operand, x: torch.Tensor) -> torch.Tensor:
+    def _magnitude(self, operand: Operand, x: torch.Tensor, expert: int) -> torch.Tensor:
         """A weight's own magnitude is known when its copy is made, so it is never a past one."""
         known = None
         if self.history is not None and operand != "weight":
-            known = self.history.magnitude(INPUT if operand == "input" else GRADIENT)
+            known = self.history.magnitude(INPUT if operand == "input" else GRADIENT, expert)
         if known is None:
             known = self._over_ranks(operand, largest_magnitude(x))
         return known
@@ -102,7 +113,7 @@ class Scaling:
             return Sides(rows, rows.transposed() if both else None)
         return fine_sides(x, size, both=both)
 
-    def _four_bits(self, operand: Operand, x: torch.Tensor, *, both: bool) -> Sides:
+    def _four_bits(self, operand: Operand, x: torch.Tensor, expert: int, *, both: bool) -> Sides:
         unit = unit_of_whole(self._over_ranks(operand, largest_magnitude(x)))
         size = BLOCKS[self.facts.recipe]
         if operand == "weight":
@@ -110,7 +121,8 @@ class Scaling:
             return Sides(rows, rows.transposed() if both else None)
         chance = None
         if operand == "gradient":
-            chance = generator_here(self.name, x.device, is_cut=operand in self._cut)
+            name = self.name if self._num_experts == 1 else f"{self.name}.{expert}"
+            chance = generator_here(name, x.device, is_cut=operand in self._cut)
         rows = quantise_nvfp4(x, unit, (1, size), chance)
         if not both:
             return Sides(rows, None)

@@ -38,6 +38,8 @@ class SimulatedScaling(Scaling):
         super().__init__(Fp8Config(recipe="current"), group, cut=cut)
         self._bits = {"exponent_bits": exponent_bits, "mantissa_bits": mantissa_bits}
 
-    def _quantise(self, operand: Operand, x: torch.Tensor, *, both: bool, is_shown: bool = True) -> Sides:
+    def _quantise(
+        self, operand: Operand, x: torch.Tensor, *, both: bool, is_shown: bool = True, expert: int = 0
+    ) -> Sides:
         rows = Quantised(rounded(x, **self._bits), x.new_ones((), dtype=torch.float32))
         return Sides(rows, rows.transposed() if both else None)

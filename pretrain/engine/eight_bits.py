@@ -67,10 +67,11 @@ class EightBits:
         histories = [scaling.history for scaling in begun if scaling.history is not None]
         if not histories:
             return
-        seen = torch.stack([history.seen.to(self._device) for history in histories])  # [linears 2]
+        seen = torch.cat([history.seen.to(self._device) for history in histories])  # [linears and experts, 2]
         dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=self._group)
-        for history, row in zip(histories, seen, strict=True):
-            history.roll(row if applied else None)
+        rows = seen.split([len(history.seen) for history in histories])
+        for history, part in zip(histories, rows, strict=True):
+            history.roll(part if applied else None)
 
     def state(self) -> dict[str, dict[str, Any]]:
         """What a checkpoint must remember, by the followers' names."""

@@ -4,6 +4,7 @@ import json
 import subprocess
 from base64 import urlsafe_b64decode
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -37,8 +38,12 @@ def test_plain_ssh_starts_deepspeeds_own_launcher_on_every_host(tmp_path: Path) 
     assert [start.command[0] for start in begun] == ["ssh", "ssh"]
     line = begun[1].command[-1]
     assert "deepspeed.launcher.launch" in line and "--node_rank=1" in line and " A=x " in line
-    world = next(word for word in line.split() if word.startswith("--world_info="))
-    assert json.loads(urlsafe_b64decode(world.removeprefix("--world_info="))) == {"a": [0, 1], "b": [1]}
+    assert world_of(line.split()) == {"a": [0, 1], "b": [1]}
+
+
+def world_of(words: list[str]) -> Any:
+    (world,) = (word for word in words if word.startswith("--world_info="))
+    return json.loads(urlsafe_b64decode(world.removeprefix("--world_info=")))
 
 
 def test_deepspeed_gets_a_hostfile_a_filter_and_the_variables(tmp_path: Path) -> None:
@@ -74,12 +79,16 @@ def test_single_slots_are_nothing_for_mpirun(tmp_path: Path) -> None:
 def test_ranks_here_take_the_devices_that_are_visible(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """With a number of devices alone, DeepSpeed takes the first of all and forgets the variable."""
+    """DeepSpeed's launcher sets the variable anew, for the devices that it is told."""
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+
     monkeypatch.setattr(backends, "num_gpus", lambda: 3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
     (begun,) = starts(job(hosts=(), num_ranks=2), "pdsh", tmp_path)
-    assert begun.command[begun.command.index("--include") + 1] == "localhost:2,5"
-    assert "CUDA_VISIBLE_DEVICES" not in begun.environment
+    assert world_of(begun.command) == {"localhost": [2, 5]}
+    variables = dict(begun.environment)
+    CUDA_Accelerator().set_visible_devices_envs(variables, [2, 5])
+    assert variables["CUDA_VISIBLE_DEVICES"] == "2,5"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937,GPU-2")
     with pytest.raises(RunError, match="knows devices by number only"):
         starts(job(hosts=(), num_ranks=2), "pdsh", tmp_path)

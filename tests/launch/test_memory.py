@@ -245,6 +245,14 @@ GPT2 = {
     "model__activation": "gelu_tanh",
     "model__linear_bias": True,
 }
+LATENT = {"precision": "bf16", "model__num_kv_heads": None}
+LATENTS = {
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+}
 EXPERTS = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 128}
 
 
@@ -334,6 +342,50 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "fp8 pipeline": (2, {**pipeline("zb-h1"), "deepspeed": "zero0.json", "fp8": "current"}),
     "fp8 t5": (1, {**T5, "fp8": {"recipe": "current", "bf16_first": 0, "bf16_last": 0}}),
     "fp8 experts": (1, {"fp8": "current", "model__moe": EXPERTS}),
+    "fp8 experts in bf16": (
+        1,
+        {"precision": "bf16", "fp8": {"recipe": "current", "experts": False}, "model__moe": EXPERTS},
+    ),
+    "fp8 shared experts bf16": (
+        1,
+        {
+            "precision": "bf16",
+            "fp8": {"recipe": "current", "bf16_first": 0, "bf16_last": 0},
+            "model__moe": {**EXPERTS, "shared_ffn_hidden_size": 128},
+            "recompute": {"mode": "selective", "modules": ["moe_act"]},
+        },
+    ),
+    "fp8 experts shared out bf16": (
+        2,
+        {
+            "precision": "bf16",
+            "fp8": {"recipe": "current", "bf16_first": 0},
+            "model__moe": {**EXPERTS, "shared_ffn_hidden_size": 128},
+            "layout": {"tp": 2, "sequence_parallel": True, "etp": 2},
+        },
+    ),
+    "fp8 latent bf16": (
+        1,
+        {"model__mla": LATENTS, **LATENT, "fp8": {"recipe": "current", "bf16_first": 0, "bf16_last": 0}},
+    ),
+    "fp8 latent bf16 tp": (
+        2,
+        {
+            "model__mla": {**LATENTS, "q_lora_rank": None},
+            **LATENT,
+            "fp8": {"recipe": "current", "bf16_first": 0, "bf16_last": 0},
+            "layout": {"tp": 2, "sequence_parallel": True},
+        },
+    ),
+    "fp8 latent norms bf16": (
+        1,
+        {
+            "model__mla": LATENTS,
+            **LATENT,
+            "fp8": {"recipe": "current", "bf16_first": 0, "bf16_last": 0},
+            "recompute": {"mode": "selective", "modules": ["layernorm"]},
+        },
+    ),
     "full": (1, {"recompute": "full"}),
     "full by two": (1, {"deepspeed": "zero0.json", "recompute": {"mode": "full", "every": 2}}),
     "pipeline": (2, pipeline()),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.parity import Tensors
+from pretrain.parity import Tensors, Trace
 from tests.conftest import OneProcess
 from tests.parity.record import record_raw
 from tests.parity.test_layouts import assert_same
@@ -73,12 +73,88 @@ def test_tensor_ranks_round_as_one_process_does(
     """
     trace = ranks.run(record_raw, 2, tiny(corpus, out, **layout, fp8=of(recipe)), STEPS)[0]
     reference = one_process(STEPS, fp8=of(recipe))
-    other = one_process(STEPS, fp8=of("mxfp8"))
+    assert_near(trace, reference, one_process(STEPS, fp8=of("mxfp8")))
+
+
+def assert_near(trace: Trace, reference: Trace, other: Trace) -> None:
     noise = apart(other.gradients, reference.gradients)
     assert noise > 1e-3, "recipes differ"
     assert apart(trace.gradients, reference.gradients) < noise / 10
     assert trace.losses[0] == pytest.approx(reference.losses[0], rel=1e-5)
     assert trace.losses == pytest.approx(reference.losses, rel=2e-3)
+
+
+MOE = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 32, "shared_ffn_hidden_size": 32, "aux_loss": 0.01}
+LATENT = {"model__preset": "tiny-deepseek", "model__num_layers": 4, "model__qk_norm": False}
+EXPERT_TENSOR = {"layout": {"tp": 2, "sequence_parallel": True, "etp": 2}}
+SHARED_OUT = {"layout": {"tp": 2, "sequence_parallel": True, "ep": 2, "etp": 1}}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    "recipe, model, layout",
+    [
+        pytest.param("delayed", {"model__moe": MOE}, ZB_V, id="delayed-zb-v"),
+        pytest.param("nvfp4", {"model__moe": MOE}, {**PP, "recompute": "full"}, id="nvfp4-pp2-recompute"),
+        pytest.param("blockwise", LATENT, PP, id="latent-blockwise-pp2"),
+        pytest.param(
+            "current",
+            {"model__moe": MOE},
+            {"recompute": {"mode": "selective", "modules": ["moe_act"]}, "deepspeed": "zero2.json"},
+            id="current-zero2-selective",
+        ),
+        pytest.param("delayed", LATENT, ZERO_3, id="latent-delayed-zero3"),
+    ],
+)
+def test_experts_in_fp8_compute_what_one_process_does(
+    ranks: RankPool,
+    corpus: str,
+    one_process: OneProcess,
+    out: Path,
+    recipe: str,
+    model: dict[str, Any],
+    layout: dict[str, Any],
+) -> None:
+    changes = {**model, "fp8": of(recipe)}
+    trace = ranks.run(record_raw, 2, tiny(corpus, out, **layout, **changes), STEPS)[0]
+    assert_same(trace, one_process(STEPS, **changes), EDGE)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    "recipe, model, layout",
+    [
+        pytest.param("delayed", {"model__moe": MOE}, EXPERT_TENSOR, id="delayed-etp2"),
+        pytest.param("current", {"model__moe": MOE}, SHARED_OUT, id="current-tp2-ep2"),
+        pytest.param("current", LATENT, TP_SP, id="latent-current-tp2+sp"),
+    ],
+)
+def test_tensor_ranks_of_experts_round_as_one_process_does(
+    ranks: RankPool,
+    corpus: str,
+    one_process: OneProcess,
+    out: Path,
+    recipe: str,
+    model: dict[str, Any],
+    layout: dict[str, Any],
+) -> None:
+    trace = ranks.run(record_raw, 2, tiny(corpus, out, **layout, **model, fp8=of(recipe)), STEPS)[0]
+    assert_near(trace, *(one_process(STEPS, **model, fp8=of(each)) for each in (recipe, "mxfp8")))
+
+
+@pytest.mark.ranks
+def test_experts_shared_out_over_replicas_have_the_scales_of_one_process(
+    ranks: RankPool, corpus: str, one_process: OneProcess, out: Path
+) -> None:
+    """An expert then takes two replicas' tokens at once, and a gradient's blocks along tokens are others."""
+    changes = {"model__moe": MOE, "fp8": of("blockwise")}
+    raw = tiny(corpus, out, **changes, layout={"ep": 2}, deepspeed="moe.json")
+    trace, reference = ranks.run(record_raw, 2, raw, STEPS)[0], one_process(STEPS, **changes)
+    wide = one_process(STEPS, model__moe=MOE)
+    assert trace.losses[0] == pytest.approx(reference.losses[0], rel=1e-6)
+    assert trace.losses == pytest.approx(reference.losses, rel=2e-3)
+    rounding = apart(reference.gradients, wide.gradients)
+    assert rounding > 1e-3 and apart(trace.gradients, reference.gradients) < rounding / 2
 
 
 def apart(ours: Tensors, theirs: Tensors) -> float:

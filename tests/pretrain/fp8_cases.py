@@ -36,6 +36,28 @@ FP8_CASES: tuple[tuple[str, int, dict[str, Any], dict[str, Any] | None, str], ..
         r"fp8\.amax_history=16 with fp8\.recipe=current: it belongs to delayed; leave it out",
     ),
     (
+        "experts_are_there",
+        1,
+        {"fp8": {**CURRENT, "experts": True}},
+        None,
+        r"fp8\.experts=true: the model has no routed experts; leave it out, or give it model\.moe\.num_experts",
+    ),
+    (
+        "blocks_are_not_cut_by_tp",
+        2,
+        {
+            "fp8": {"recipe": "mxfp8"},
+            "layout__tp": 2,
+            "layout__sequence_parallel": True,
+            "layout__etp": 2,
+            "model__moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 32},
+            "model__num_kv_heads": None,
+            "model__hidden_size": 64,
+        },
+        None,
+        r"fp8\.recipe=mxfp8 with layout\.tp=2: a rank's share of an expert is 16 wide, no multiple of the 32",
+    ),
+    (
         "blocks_are_not_cut_by_tp",
         2,
         {"fp8": {"recipe": "blockwise"}, "layout__tp": 2},

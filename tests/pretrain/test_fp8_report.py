@@ -19,7 +19,7 @@ from pretrain.checkpoint.weights import state_of, write_layer
 from pretrain.config_io import Run
 from pretrain.engine.layers import tied_names
 from pretrain.errors import RunError
-from pretrain.fp8_report import SWEEP, examine, page
+from pretrain.fp8_report import ALL_BLOCKS, SWEEP, examine, page
 from pretrain.fp8_trials import Blocks, Outcome, Subject, apart
 from pretrain.fp8_verdict import Report, choose, is_safe, verdict
 from pretrain.generate import load_trained
@@ -30,7 +30,10 @@ from tests.runs import checked, tiny
 CPU = torch.device("cpu")
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt": {"fp8": {"recipe": "delayed", "bf16_first": 0}, "precision": "bf16"},
-    "moe": {"model": {"preset": "tiny-moe", "num_layers": 3, "vocab_size": 257}},
+    "moe": {
+        "model": {"preset": "tiny-moe", "num_layers": 3, "vocab_size": 257},
+        "fp8": {"recipe": "current", "experts": False},
+    },
     "bert": {
         "model": {"preset": "tiny-bert", "vocab_size": None},
         "data__objective": {"kind": "mlm", "second_task": "sentence_order"},
@@ -110,6 +113,8 @@ def test_every_family_has_a_report(runs: dict[str, Path], family: str) -> None:
     assert 0 < found.recipes["current"].gradient_error < 0.3  # type: ignore[operator]
     assert found.num_narrow > 0 and "current" in text and "E8M3" in text
     assert ("experts stay in the run's own format" in text) == (family == "moe")
+    narrow = Subject(load_trained(runs[family], CPU, fp8=ALL_BLOCKS), [], []).narrow(Blocks(0, 0))
+    assert not any(".experts." in name for name in narrow)
     assert (found.own.sharpness is None) == (family == "electra")
     trained = load_trained(runs[family], CPU)
     if family in ("moe", "t5"):  # others have losses beside that of words

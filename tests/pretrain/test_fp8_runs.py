@@ -70,3 +70,16 @@ def test_a_run_learns_in_eight_bits_what_it_learns_in_sixteen(
     )
     assert wide.losses[-1] < wide.losses[0] - 0.5
     assert trace.losses[-1] == pytest.approx(wide.losses[-1], rel=0.03 if recipe == "nvfp4" else 0.01)
+
+
+@pytest.mark.ranks
+def test_past_scales_of_shared_out_experts_are_remembered_bit_for_bit(
+    ranks: RankPool, corpus: str, tmp_path: Path
+) -> None:
+    """A rank holds half of the experts, and the first rank of a stage writes what all of them have seen."""
+    moe = {"num_experts": 4, "top_k": 1, "ffn_hidden_size": 32}
+    changes = {"fp8": of("delayed"), "model__moe": moe, "layout": {"ep": 2}, "deepspeed": "moe.json"}
+    through = ranks.run(train, 2, eight(corpus, tmp_path / "through", **changes))[0]
+    raw = eight(corpus, tmp_path / "stopped", **changes)
+    first, second = ranks.run(train, 2, raw, 3)[0], ranks.run(train, 2, raw)[0]
+    assert first[0] + second[0] == through[0] and first[1] + second[1] == through[1]

@@ -21,9 +21,17 @@ from tests.model_providers.plans import (
 
 # Each rank's share of every matrix is a multiple of the 128 that share a scale.
 SIZES = {"hidden_size": 256, "num_attention_heads": 4, "ffn_hidden_size": 256, "init_std": 0.05}
+MLA = {
+    "q_lora_rank": 128,
+    "kv_lora_rank": 128,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 64,
+}
 SHAPES = {
     "llama": LLAMA_LIKE | SIZES | {"num_kv_heads": 2, "qk_norm": True},
     "gpt2": GPT2_LIKE | SIZES | {"num_kv_heads": 4},
+    "latent": LLAMA_LIKE | SIZES | {"num_kv_heads": None, "mla": MLA},
 }
 
 
@@ -39,7 +47,13 @@ def on_two(facts: dict[str, Any], sequence_parallel: bool, options: dict[str, An
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tp2", "tp2+sp"])
 @pytest.mark.parametrize(
     "name, recipe",
-    [("llama", "delayed"), ("gpt2", "current"), ("llama", "blockwise"), ("gpt2", "mxfp8")],
+    [
+        ("llama", "delayed"),
+        ("gpt2", "current"),
+        ("llama", "blockwise"),
+        ("gpt2", "mxfp8"),
+        ("latent", "current"),
+    ],
 )
 def test_two_tensor_ranks_round_as_one(ranks: Any, name: str, recipe: str, sequence_parallel: bool) -> None:
     model, options = ModelConfig(**SHAPES[name]), {"params_dtype": torch.float64, "fp8": whole(recipe)}
