@@ -77,7 +77,7 @@ def test_past_scales_of_shared_out_experts_are_remembered_bit_for_bit(
     ranks: RankPool, corpus: str, tmp_path: Path
 ) -> None:
     """A rank holds half of the experts, and the first rank of a stage writes what all of them have seen."""
-    moe = {"num_experts": 4, "top_k": 1, "ffn_hidden_size": 32}
+    moe = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 32}
     changes = {"fp8": of("delayed"), "model__moe": moe, "layout": {"ep": 2}, "deepspeed": "moe.json"}
     through = ranks.run(train, 2, eight(corpus, tmp_path / "through", **changes))[0]
     raw = eight(corpus, tmp_path / "stopped", **changes)

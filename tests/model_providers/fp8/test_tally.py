@@ -33,7 +33,7 @@ def test_a_past_scale_clips_what_has_grown_and_that_is_counted() -> None:
     assert seen.underflow == 2 / 7, "zero was zero before"
     lost = torch.tensor([16.0, 17.0, 452.0, 2.0**-11, 2.0**-11])
     assert seen.error == pytest.approx(float(lost.norm() / x.norm()), rel=1e-6)
-    assert float(scaling.history.seen[INPUT]) == 900.0
+    assert float(scaling.history.seen[0, INPUT]) == 900.0
 
 
 @pytest.mark.parametrize("recipe", ["current", "blockwise", "mxfp8", "nvfp4"])
