@@ -26,7 +26,7 @@ def show(
     console: Console | None = None,
 ) -> None:
     """Print the page."""
-    console = console or Console(highlight=False)
+    console = console or Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = max(console.width, 120)
     several = len(hosts) > 1

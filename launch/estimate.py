@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from launch.examined_cluster import described
 from launch.hardware import CLUSTERS, Cluster
@@ -99,7 +100,7 @@ def main(argv: list[str]) -> None:
     if words.json:
         print(json.dumps(as_json(estimate), indent=2))
         return
-    console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False, markup=False)
     for section in SECTIONS if cluster is None else (*SECTIONS, time_table):
         console.print(section(estimate))
     for line in [*time_lines(estimate), *verdict(estimate)]:
@@ -263,8 +264,9 @@ def memory_table(estimate: Estimate) -> Table:
     table = Table("stage", "layers", *KINDS, "at once", *host, title="GiB on each rank, by pipeline stage")
     heaviest = estimate.memory.heaviest.stage
     for rank in estimate.memory.ranks:
-        mark = "[bold]" if rank.stage == heaviest else ""
-        row = [*(_gib(getattr(rank.device, kind)) for kind in KINDS), f"{mark}{_gib(rank.device.total)}"]
+        total = Text(_gib(rank.device.total), style="bold" if rank.stage == heaviest else "")
+        parts = (_gib(getattr(rank.device, kind)) for kind in KINDS)
+        row: list[str | Text] = [*parts, total]
         row += [_gib(rank.cpu.total), _gib(rank.nvme.total)] if has_host else []
         table.add_row(str(rank.stage), _layers(rank), *row)
     if any(rank.device.not_together for rank in estimate.memory.ranks):

@@ -6,6 +6,7 @@ Models with two stacks or a generator are timed by their FLOPs alone, at the rat
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from launch.links import Group, group
 from launch.scenario import Scenario
 from model_providers.config import ModelConfig
 from model_providers.cost import layer_costs
+from model_providers.fp8.config import Recipe
 from model_providers.loss_chunks import tokens_of_a_chunk
 
 # A product is cut into tiles of 256 x 128, the largest that tensor cores of Ampere and Hopper are fed with (NVIDIA,
@@ -37,6 +39,18 @@ ACCUMULATE_BYTES = 10
 SUM_BYTES = 8  # of a chunk's share of a weight's gradient: the sum in fp32, read and written
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+# Of the eight-bit peak, over what 16-bit products of the same shapes reach of theirs: bare products of an MLP of 2048
+# and 8192 on an H100, 1.46 and 1.59 times bf16's per tensor, 1.36 and 1.07 in blocks (benchmarks/RESULTS.md).  Others
+# were not measured, and are taken for per-tensor ones, whose kernels they share on Blackwell.
+FP8_SHARES: dict[Recipe, float] = {
+    "delayed": 0.76,
+    "current": 0.76,
+    "blockwise": 0.61,
+    "mxfp8": 0.76,
+    "nvfp4": 0.76,
+}
+FP8_BYTES = 2 + 2 * 1  # of a number that is quantised: read in 16 bit, written by rows and by columns
+FP8_WEIGHT_BYTES = 2 + FP8_BYTES  # and its largest magnitude looked for
 
 
 class Phase(NamedTuple):
@@ -159,18 +173,20 @@ class LayerClock:
     def tensor_group(self) -> Group:
         return group(self.cluster, size=self.scenario.layout.tp)
 
-    def block(self, model: ModelConfig, *, has_experts: bool = False) -> LayerTime:
-        """Attention and an MLP, or experts."""
+    def block(self, model: ModelConfig, *, has_experts: bool = False, is_fp8: bool = False) -> LayerTime:
+        """Attention and an MLP, or experts; ``is_fp8``: whose linears run in FP8, but for routers and experts."""
         products = self._attention_linears(model)
         moved = self._between_matrices(model)
         attention = self._core_attention(model)
         time = LayerTime()
         if has_experts:
-            products, moved, time = products + self._shared_mlp(model), moved, self._experts(model)
+            products += self._shared_mlp(model)
+            time = self._experts(model).plus(self._linears(self._router(model)))
         else:
             products += self._mlp(model, model.ffn_width)
             moved += self._activation_bytes(model, model.ffn_width, self.tokens) / self.scenario.layout.tp
-        time = time.plus(self._linears(products)).plus(self._moving(moved)).plus(attention)
+        linears = self._fp8_linears(products) if is_fp8 else self._linears(products)
+        time = time.plus(linears).plus(self._moving(moved)).plus(attention)
         time = time.plus(self._tensor_collectives(model, pairs=1 if has_experts else 2))
         return self._recomputed(time, self._forgotten(model, attention, has_experts))
 
@@ -228,17 +244,46 @@ class LayerClock:
         """A micro-batch's gradients added to those before."""
         return LayerTime(weight_gradient=self._moved(parameters * ACCUMULATE_BYTES))
 
+    def quantising(self, parameters: float) -> LayerTime:
+        """Weights of this many elements to eight bits, once a step: a micro-batch's share of it."""
+        share = self._moved(FP8_WEIGHT_BYTES * parameters / self.scenario.num_micro_batches)
+        return LayerTime(forward=share)
+
     def _gemm_s(self, products: list[Gemm]) -> float:
         device, size = self.cluster.device, self.bytes_per_value
         peak = device.peak_flops_per_s(self.scenario.dtype)
         return sum(product.seconds(device, peak, size) for product in products)
 
+    def _fp8_gemm_s(self, products: list[Gemm]) -> float:
+        """Bare, of operands that are eight bits wide; emulated where a device has no such products."""
+        device, fp8 = self.cluster.device, self.scenario.fp8
+        assert fp8 is not None
+        if not device.fp8_tflops:
+            return self._gemm_s(products)
+        peak = device.fp8_tflops * 1e12 * FP8_SHARES[fp8.recipe]
+        return sum(product.seconds(device, peak, 1) for product in products)
+
     def _linears(self, products: list[Gemm]) -> LayerTime:
+        return self._three_products(products, self._gemm_s)
+
+    def _fp8_linears(self, products: list[Gemm]) -> LayerTime:
+        """Inputs and gradients are quantised besides, their rows and their columns."""
+        fp8 = self.scenario.fp8
+        assert fp8 is not None
+        size = FP8_BYTES + (BYTES[self.scenario.dtype] if fp8.recipe == "current" else 0)
+        inputs, outputs = (
+            sum(product.rows * length for product, length in zip(products, lengths, strict=True))
+            for lengths in ([each.depth for each in products], [each.columns for each in products])
+        )
+        quantising = LayerTime(forward=self._moved(size * inputs), input_gradient=self._moved(size * outputs))
+        return self._three_products(products, self._fp8_gemm_s).plus(quantising)
+
+    def _three_products(self, products: list[Gemm], seconds: Callable[[list[Gemm]], float]) -> LayerTime:
         backward = [product.backward() for product in products]
         return LayerTime(
-            forward=Phase(gemm_s=self._gemm_s(products)),
-            input_gradient=Phase(gemm_s=self._gemm_s([inputs for inputs, _ in backward])),
-            weight_gradient=Phase(gemm_s=self._gemm_s([weights for _, weights in backward])),
+            forward=Phase(gemm_s=seconds(products)),
+            input_gradient=Phase(gemm_s=seconds([inputs for inputs, _ in backward])),
+            weight_gradient=Phase(gemm_s=seconds([weights for _, weights in backward])),
         )
 
     def _moved(self, moved_bytes: float) -> Phase:
@@ -268,8 +313,11 @@ class LayerClock:
     def _shared_mlp(self, model: ModelConfig) -> list[Gemm]:
         assert model.moe is not None
         shared = model.moe.shared_ffn_hidden_size
-        router = [Gemm(self.tokens / self.shards, model.moe.num_experts, model.hidden_size)]
-        return router + (self._mlp(model, shared) if shared else [])
+        return self._mlp(model, shared) if shared else []
+
+    def _router(self, model: ModelConfig) -> list[Gemm]:
+        assert model.moe is not None
+        return [Gemm(self.tokens / self.shards, model.moe.num_experts, model.hidden_size)]
 
     def _between_matrices(self, model: ModelConfig) -> float:
         """Bytes of a forward pass: two norms, two sums with dropout, and queries, keys and values turned or moved."""
@@ -373,7 +421,8 @@ class LayerClock:
             parts.append(self._linears([Gemm(self.tokens, heads / layout.tp, model.mla.kv_lora_rank)]))
         if has_experts and moe is not None:
             if "moe" in names:
-                parts += [self._experts(model), self._linears(self._shared_mlp(model))]
+                linears = self._router(model) + self._shared_mlp(model)
+                parts += [self._experts(model), self._linears(linears)]
             if "moe_act" in names:
                 rows = self.tokens * moe.top_k / layout.tp
                 parts.append(self._moving(self._activation_bytes(model, moe.ffn_hidden_size, rows)))
@@ -406,12 +455,15 @@ class LayerClock:
 
 def layer_times(scenario: Scenario, cluster: Cluster) -> list[LayerTime]:
     """In the order of the plan, as model_providers.cost.layer_costs has them."""
-    clock, model = LayerClock(scenario, cluster), scenario.model
+    clock, model, fp8 = LayerClock(scenario, cluster), scenario.model, scenario.fp8
     if model.t5 is not None or model.electra is not None:
         return _by_flops(clock)
-    dense = clock.block(model)
-    sparse = clock.block(model, has_experts=True) if model.moe is not None else dense
-    blocks = [sparse if model.has_experts(layer) else dense for layer in range(model.num_layers)]
+    kinds = [
+        (model.has_experts(layer), fp8 is not None and fp8.is_fp8_block(layer, model.num_layers))
+        for layer in range(model.num_layers)
+    ]
+    timed = {kind: clock.block(model, has_experts=kind[0], is_fp8=kind[1]) for kind in set(kinds)}
+    blocks = [timed[kind] for kind in kinds]
     ahead = model.mtp.depth if model.mtp is not None else 0
     looking = [clock.looking_ahead(model)] * ahead
     norms = [] if model.norms_after else [clock.norm(model)]

@@ -20,6 +20,7 @@ from launch.hardware import CLUSTERS, Cluster
 from launch.plan_tables import Asked, document, told
 from launch.planner import Task, search
 from launch.run import positive
+from model_providers.fp8.config import RECIPES
 from model_providers.presets import get_preset
 from pretrain.config import Dtype, RunConfig, spelled_out
 from pretrain.errors import RunError
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> None:
             json.dumps(document(asked, found, top=words.top, tokens=words.tokens, command=command), indent=2)
         )
         return
-    console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False, markup=False)
     for part in told(asked, found, top=words.top, tokens=words.tokens):
         console.print(part)
     if command is not None:
@@ -74,6 +75,9 @@ def parser() -> argparse.ArgumentParser:
     )
     own.add_argument(
         "--precision", choices=get_args(Dtype), help="default: the run file's, bf16 for a preset"
+    )
+    own.add_argument(
+        "--fp8", choices=RECIPES, metavar="RECIPE", help=f"of the run file's fp8: {', '.join(RECIPES)}"
     )
     own.add_argument("--corpus", default="data/corpus", metavar="PREFIX", help="for the run file")
     own.add_argument("--top", type=positive, default=10, help="layouts to show (default: 10)")
@@ -149,6 +153,8 @@ def _document_of(name: str, words: argparse.Namespace) -> tuple[dict[str, Any], 
         raw["data"] = {**raw.get("data", {}), "sequence_length": words.sequence_length}
     if words.precision is not None:
         raw["precision"] = {**raw.get("precision", {}), "dtype": words.precision}
+    if words.fp8 is not None:
+        raw["fp8"] = shown["fp8"] = {**(raw.get("fp8") or {}), "recipe": words.fp8}
     raw.pop("deepspeed", None)
     return raw, shown
 

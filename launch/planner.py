@@ -162,6 +162,7 @@ def scenarios(task: Task) -> Iterator[Scenario]:
                 target_length=task.config.target_length,
                 optimizer=optimizer_of(task.config.optimizer),
                 partition=task.config.layout.partition if _names_a_method(task.config) else "cost",
+                fp8=task.config.fp8,
             )
 
 

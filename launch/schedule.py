@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
             raise RunError(f"--out={words.out}: {fault}") from None
         print(words.out)
         return
-    console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False, markup=False)
     for line in draw.as_text(timeline, width=console.width, is_coloured=console.is_terminal):
         console.print(line, no_wrap=True, overflow="crop")
     console.print(draw.legend(timeline))

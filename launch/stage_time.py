@@ -17,6 +17,7 @@ from launch.scenario import Scenario
 from launch.software import Software
 from model_providers.config import ModelConfig
 from model_providers.cost import LayerCost, layer_costs
+from model_providers.tensor_shares import fp8_places
 
 
 class Stages(NamedTuple):
@@ -35,17 +36,22 @@ def stages_of(scenario: Scenario, cluster: Cluster, software: Software) -> Stage
     clock, layout = LayerClock(scenario, cluster), scenario.layout
     bounds = scenario.stage_bounds
     known: dict[tuple[object, ...], LayerTime] = {}
-    times, dense, experts = [], [], []
+    times, dense, experts, narrow = [], [], [], []
+    places = set(fp8_places(scenario.model, scenario.fp8)) if scenario.fp8 is not None else set()
     for start, end in pairwise(bounds):
         routed = sum(cost.expert_parameters for cost in costs[start:end])
         dense.append((sum(cost.parameters for cost in costs[start:end]) - routed) / layout.tp)
         experts.append(routed / (layout.ep * layout.expert_tp))
         counts = Counter(map(id, layers[start:end]))
+        in_fp8 = (cost for place, cost in enumerate(costs[start:end], start) if place in places)
+        narrow.append(sum(cost.parameters - cost.expert_parameters for cost in in_fp8) / layout.tp)
         key = (*sorted(counts.items()), dense[-1] + experts[-1])
         if key not in known:
             time = _added_up(layers[start:end], counts)
             if scenario.num_micro_batches > 1:
                 time = time.plus(clock.accumulating(dense[-1] + experts[-1]))
+            if narrow[-1]:
+                time = time.plus(clock.quantising(narrow[-1]))
             known[key] = time
         times.append(known[key])
     return Stages(tuple(times), tuple(dense), tuple(experts), tuple(b - a for a, b in pairwise(bounds)))
@@ -76,6 +82,7 @@ def _what_a_layer_knows(scenario: Scenario) -> Scenario:
         chunk_tokens=scenario.chunk_tokens,
         target_length=scenario.target_length,
         fused=scenario.fused,
+        fp8=scenario.fp8,
     )
 
 

@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     document = read_json(words.json) if words.json is not None else {}
     check_folder(words.folder, words.megabytes * MIB)
     space = {**THOROUGH, **ALL_WAYS} if words.thorough else {**QUICK, **WAYS}
-    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False, markup=False)
     speeds = sweep(words.folder, space, megabytes=words.megabytes, console=console)
     chosen = best(speeds)
     console.print(as_table(speeds, chosen))

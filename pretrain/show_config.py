@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     if words.json:
         print(json.dumps(run.deepspeed, indent=2))
         return
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
     console.print(value_table(run))
     console.print(json_table(run))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from model_providers.config import ModelConfig
 from model_providers.cost import active_parameters
@@ -30,7 +31,7 @@ def show(
     """Print the run's facts; only rank 0 calls it.  ``barred``: linears that a guard took out of FP8."""
     table = Table.grid(padding=(0, 2))
     for name, text in facts(run, engine, resumed=resumed, barred=barred):
-        table.add_row(f"[bold]{name}[/bold]", text)
+        table.add_row(Text(name, style="bold"), Text(text))
     console.print(table)
     if run.layout.pp > 1:
         console.print(stage_table(run, plan))

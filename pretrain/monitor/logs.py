@@ -13,7 +13,7 @@ QUIET_LIBRARIES = ("DeepSpeed", "megatron", "torch", "filelock", "matplotlib")
 def console() -> Console:
     """The one console of a rank; plain and unwrapped where the output is no terminal."""
     width = None if sys.stdout.isatty() else 200
-    return Console(file=sys.stdout, width=width, highlight=False)
+    return Console(file=sys.stdout, width=width, highlight=False, markup=False)
 
 
 def start(rank: int, folder: Path | None = None) -> Console:

@@ -87,6 +87,12 @@ def test_what_does_not_fit_is_told_what_would(capsys: pytest.CaptureFixture[str]
         )["fits"], line
 
 
+def test_lists_are_told_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    """In brackets they could pass for marks of style."""
+    main(["--model", "llama3-8b", "--ranks", "8"])
+    assert "recompute.mode=selective recompute.modules=[core_attn," in capsys.readouterr().out
+
+
 def test_offload_is_told_beside_the_device(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--model", "llama3-8b", "--ranks", "8", "deepspeed=zero3_cpu_offload.json"])
     assert "CPU" in capsys.readouterr().out

@@ -113,6 +113,19 @@ def test_the_written_run_file_is_one_that_a_run_takes(
         plan.main([*words, str(tmp_path / "plan")])
 
 
+def test_fp8_is_planned_with_and_written(
+    tmp_path: Path, corpus: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", "llama3-8b", "--gpus", "8", "--corpus", corpus, "--top", "1", "--json"]
+    seconds = []
+    for more in ([], ["--fp8", "current", "--out", str(tmp_path)]):
+        plan.main([*words, *more])
+        seconds.append(json.loads(capsys.readouterr().out)["layouts"][0]["step_s"])
+    assert seconds[1] < 0.95 * seconds[0]
+    fp8 = load_run(tmp_path / "run.yaml", world_size=8).config.fp8
+    assert fp8 is not None and fp8.recipe == "current"
+
+
 def test_what_a_run_file_says_besides_is_kept(tmp_path: Path, corpus: str) -> None:
     raw = tiny(corpus, tmp_path / "out", model__vocab_size=257, checkpoint__every=7, monitor__log_every=3)
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(raw))
