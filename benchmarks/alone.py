@@ -12,6 +12,7 @@ warnings.filterwarnings("ignore")
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+import model_providers.late_compile  # noqa: F401  # before megatron-core
 from pretrain.monitor.logs import start
 
 RANK_OF_ONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}

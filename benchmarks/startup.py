@@ -37,7 +37,7 @@ PARTS = {
     "torch": "import torch",
     "torch and DeepSpeed": "import torch, deepspeed",
     "torch, DeepSpeed and megatron-core": LIBRARIES,
-    "all that a rank imports (pretrain.gpt)": "import pretrain.gpt",
+    "all that a rank imports (pretrain.run)": "import model_providers.late_compile, pretrain.run",
     "all that a login node imports (megaloom run)": "import launch.run",
 }
 

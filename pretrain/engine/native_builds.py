@@ -34,6 +34,7 @@ def build_obstacle(builder: OpBuilder) -> str | None:
             if not is_built(builder):
                 line = f"compiling DeepSpeed's {builder.name}: once on this machine, it takes a minute or several"
                 print(line, file=sys.stderr, flush=True)
+            _leave_symbols_out(builder)
             with without_stdout():
                 builder.load(verbose=False)
     except Exception as failure:  # a build fails in any way it likes: compiler, ninja, header, linker
@@ -94,6 +95,17 @@ def extensions_root() -> Path:
 def is_built(builder: OpBuilder) -> bool:
     """Whether an earlier run left the compiled kernel in torch's folder of extensions."""
     return any(extensions_root().glob(f"**/{builder.name}/*.so"))
+
+
+def _leave_symbols_out(builder: OpBuilder) -> None:
+    """Debug symbols take a third of the compiler's time and most of the room.
+
+    They stay where programs of DeepSpeed's own load the kernel too, and would compile it anew.
+    """
+    if builder.name in LOADED_FIRST:
+        return
+    words = builder.cxx_args()
+    builder.cxx_args = lambda: [word for word in words if word != "-g"]
 
 
 def first_error(output: str) -> str:

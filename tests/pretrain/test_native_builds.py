@@ -136,11 +136,14 @@ def test_a_build_that_fails_in_any_way_is_one_line(extensions: Path) -> None:
     class Broken:
         name = "broken"
 
+        def cxx_args(self) -> list[str]:
+            return ["-O3", "-g", "-march=native"]
+
         def load(self, verbose: bool) -> None:
-            raise AttributeError("ds_opt_adam")
+            raise AttributeError(f"ds_opt_adam of {self.cxx_args()}")
 
     builder: Any = Broken()
-    assert build_obstacle(builder) == "ds_opt_adam"
+    assert build_obstacle(builder) == "ds_opt_adam of ['-O3', '-march=native']", "without debug symbols"
 
 
 def without_compiler(raw: dict[str, Any], steps: int, folder: str) -> Trace | None:
