@@ -17,16 +17,18 @@ help:  ## this list
 
 install: $(VENV)/.installed  ## the environment alone
 
-$(VENV)/.installed: pyproject.toml
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Megaloom needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	@touch $@
+	@touch $(VENV)/.installed $@
 
 demo-corpus: $(VENV)/.installed
 	$(BIN)/megaloom tokenizer stdlib --vocab-size 1024 --out $(DEMO)/tokenizer.json
@@ -67,7 +69,6 @@ demo-t5: $(VENV)/.installed  ## an encoder and a decoder that fills in spans
 test: $(VENV)/.installed-dev  ## everything that CI runs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy launch pretrain data_tools model_providers
 	$(BIN)/python -m pytest -m 'not thorough' $(SIDE_BY_SIDE)
 
 test-all: $(VENV)/.installed-dev  ## the same, and combinations that others nearly imply
@@ -76,7 +77,6 @@ test-all: $(VENV)/.installed-dev  ## the same, and combinations that others near
 check: $(VENV)/.installed-dev  ## format, lint, types, import contract, tests that start no ranks
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy launch pretrain data_tools model_providers
 	$(BIN)/python -m pytest -m 'not ranks' $(SIDE_BY_SIDE)
 
 format: $(VENV)/.installed-dev  ## put the code into shape
