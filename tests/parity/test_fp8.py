@@ -16,6 +16,7 @@ from tests.parity.record import record_raw
 from tests.parity.test_layouts import assert_same
 from tests.ranks import RankPool
 from tests.runs import tiny
+from tests.thorough import rare
 
 STEPS = 4
 TP = {"layout": {"tp": 2}}
@@ -91,6 +92,7 @@ SHARED_OUT = {"layout": {"tp": 2, "sequence_parallel": True, "ep": 2, "etp": 1}}
 
 
 @pytest.mark.ranks
+@rare("nvfp4-pp2-recompute", "latent-blockwise-pp2", "latent-delayed-zero3")
 @pytest.mark.parametrize(
     "recipe, model, layout",
     [
@@ -121,6 +123,7 @@ def test_experts_in_fp8_compute_what_one_process_does(
 
 
 @pytest.mark.ranks
+@rare("current-tp2-ep2")
 @pytest.mark.parametrize(
     "recipe, model, layout",
     [
