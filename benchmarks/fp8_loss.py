@@ -3,6 +3,7 @@
     make demo-corpus
     python -m benchmarks.fp8_loss                # fp32, bf16 and all recipes, 300 steps each: half an hour on two cores
     python -m benchmarks.fp8_loss --recipes current blockwise --steps 100
+    python -m benchmarks.fp8_loss --run pretrain/runs/demo-moe.yaml     # routed experts too
 
 One process, one run after the other; weights and samples begin alike.  Losses are those of the held-out samples after
 the last step; the last column is the mean of the last tenth of the training losses.  Only the inner blocks run in eight
@@ -51,8 +52,19 @@ def words_of(name: str, *, all_blocks: bool) -> list[str]:
 
 
 def train(name: str, folder: Path, words: argparse.Namespace) -> Ended:
-    command = [sys.executable, "-m", "launch", "run", RUN, "--ranks", "1", f"out={folder}", f"name={name}"]
+    command = [
+        sys.executable,
+        "-m",
+        "launch",
+        "run",
+        words.run,
+        "--ranks",
+        "1",
+        f"out={folder}",
+        f"name={name}",
+    ]
     more = [
+        "layout.ep=1",
         f"train.steps={words.steps}",
         "train.eval_every=0",
         "train.eval_at_start=false",
@@ -74,6 +86,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument(
+        "--run", default=RUN, metavar="FILE", help=f"another run on the same corpus than {RUN}"
+    )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES)
     parser.add_argument(
@@ -87,12 +102,12 @@ def main() -> None:
         for name in ("fp32", "bf16", *words.recipes):
             runs.append(train(name, Path(folder), words))
             print(f"{name}: {runs[-1].held_out:.4f} after {runs[-1].elapsed_s:.0f} s", flush=True)
-    show(runs, words.steps)
+    show(runs, words)
 
 
-def show(runs: list[Ended], steps: int) -> None:
+def show(runs: list[Ended], words: argparse.Namespace) -> None:
     bf16 = next(run for run in runs if run.name == "bf16")
-    table = Table(title=f"{RUN}, one process, {steps} steps")
+    table = Table(title=f"{words.run}, one process, {words.steps} steps")
     for column in ("run", "held-out loss", "against bf16", "last tenth of training", "s"):
         table.add_column(column, justify="left" if column == "run" else "right")
     for run in runs:
