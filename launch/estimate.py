@@ -17,6 +17,7 @@ from rich.text import Text
 
 from launch.examined_cluster import described
 from launch.hardware import CLUSTERS, Cluster
+from launch.layer_time import is_timed_by_flops
 from launch.legality import illegal
 from launch.memory import Memory, RankMemory, memory, optimizer_bytes_per_parameter
 from launch.remedies import Remedy, remedies
@@ -315,11 +316,24 @@ def time_lines(estimate: Estimate) -> list[str]:
         f"(causal attention counted by half; {step.mfu('full'):.1%} with all of it)",
         f"bubble {step.bubble_share:.1%} of the pipeline's time" if step.scenario.layout.pp > 1 else "",
         sent(step),
+        fp8_told(step),
     ]
     if estimate.tokens is not None:
         days, hours = step.days(estimate.tokens), step.device_hours(estimate.tokens)
         lines.append(f"{estimate.tokens:.4g} tokens: {days:.3g} days, {hours:,.0f} device-hours")
     return [line for line in lines if line]
+
+
+def fp8_told(step: StepTime) -> str:
+    """Where a recipe saves no time."""
+    fp8, device = step.scenario.fp8, step.cluster.device
+    if fp8 is None:
+        return ""
+    if is_timed_by_flops(step.scenario.model):
+        return f"fp8.recipe={fp8.recipe}: not in these seconds, which are those of {step.scenario.dtype}"
+    if not device.fp8_flops_per_s(fp8.recipe):
+        return f"fp8.recipe={fp8.recipe}: {device.name} has no such products; emulated they save no time"
+    return ""
 
 
 def sent(step: StepTime) -> str:

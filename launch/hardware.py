@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from model_providers.fp8.config import Recipe
 from pretrain.config import Dtype
 from pretrain.errors import RunError
 from pretrain.run_file import read_yaml
@@ -41,6 +42,12 @@ class Device:
     num_cores: int  # streaming multiprocessors, or compute units: a product's tiles are dealt out to them
     gemm_share: float
     attention_share: float
+    microscaled_tflops: float = 0.0  # in eight bits with a scale for each 16 or 32 numbers; 0: has none
+
+    def fp8_flops_per_s(self, recipe: Recipe) -> float:
+        """Of the printed peak; 0 where such products are emulated."""
+        tflops = self.microscaled_tflops if recipe in ("mxfp8", "nvfp4") else self.fp8_tflops
+        return tflops * 1e12
 
     def peak_flops_per_s(self, dtype: Dtype) -> float:
         tflops = {"bf16": self.bf16_tflops, "fp16": self.fp16_tflops, "fp32": self.fp32_tflops}[dtype]
@@ -85,7 +92,7 @@ DEVICES = {
     "h200": replace(_H100, name="H200", memory_bytes=141 * GB, memory_bytes_per_s=4800 * GB),
     # NVIDIA DGX B200 datasheet (2024), an eighth of it: 36 PFLOP/s in 16 bit with sparsity, 72 in fp8, 1440 GB,
     # 64 TB/s; 80 TFLOP/s in fp32 and 148 SMs (Blackwell architecture brief).
-    "b200": Device("B200", 2250, 2250, 80, 4500, 180 * GB, 8000 * GB, 148, 0.47, 0.30),
+    "b200": Device("B200", 2250, 2250, 80, 4500, 180 * GB, 8000 * GB, 148, 0.47, 0.30, 4500),
     # AMD Instinct MI250X datasheet (2021), half of it, since each of its two dies is a device of its own: 383 TFLOP/s
     # in 16 bit, 95.7 in fp32 matrices, 128 GB, 3.2 TB/s, 220 compute units.
     "mi250x": Device("MI250X-GCD", 191.5, 191.5, 47.9, 0, 64 * GIB, 1600 * GB, 110, 0.55, 0.20),

@@ -2,7 +2,7 @@
 
 Matrix products are timed by their shapes, attention by its arithmetic, everything else by the bytes that it moves.
 Forward, gradients of inputs and gradients of weights stand apart, since zero-bubble schedules run them apart.
-Models with two stacks or a generator are timed by their FLOPs alone, at the rate of a large product.
+Models with two stacks or a generator are timed by their FLOPs alone, at the rate of a large product in 16 bits.
 """
 
 import math
@@ -258,9 +258,9 @@ class LayerClock:
         """Bare, of operands that are eight bits wide; emulated where a device has no such products."""
         device, fp8 = self.cluster.device, self.scenario.fp8
         assert fp8 is not None
-        if not device.fp8_tflops:
+        peak = device.fp8_flops_per_s(fp8.recipe) * FP8_SHARES[fp8.recipe]
+        if not peak:
             return self._gemm_s(products)
-        peak = device.fp8_tflops * 1e12 * FP8_SHARES[fp8.recipe]
         return sum(product.seconds(device, peak, 1) for product in products)
 
     def _linears(self, products: list[Gemm]) -> LayerTime:
@@ -453,10 +453,14 @@ class LayerClock:
         )
 
 
+def is_timed_by_flops(model: ModelConfig) -> bool:
+    return model.t5 is not None or model.electra is not None
+
+
 def layer_times(scenario: Scenario, cluster: Cluster) -> list[LayerTime]:
     """In the order of the plan, as model_providers.cost.layer_costs has them."""
     clock, model, fp8 = LayerClock(scenario, cluster), scenario.model, scenario.fp8
-    if model.t5 is not None or model.electra is not None:
+    if is_timed_by_flops(model):
         return _by_flops(clock)
     kinds = [
         (model.has_experts(layer), fp8 is not None and fp8.is_fp8_block(layer, model.num_layers))

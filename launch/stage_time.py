@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from launch.hardware import Cluster
-from launch.layer_time import LayerClock, LayerTime, layer_times
+from launch.layer_time import LayerClock, LayerTime, is_timed_by_flops, layer_times
 from launch.scenario import Scenario
 from launch.software import Software
 from model_providers.config import ModelConfig
@@ -37,7 +37,8 @@ def stages_of(scenario: Scenario, cluster: Cluster, software: Software) -> Stage
     bounds = scenario.stage_bounds
     known: dict[tuple[object, ...], LayerTime] = {}
     times, dense, experts, narrow = [], [], [], []
-    places = set(fp8_places(scenario.model, scenario.fp8)) if scenario.fp8 is not None else set()
+    has_fp8 = scenario.fp8 is not None and not is_timed_by_flops(scenario.model)
+    places = set(fp8_places(scenario.model, scenario.fp8)) if has_fp8 else set()
     for start, end in pairwise(bounds):
         routed = sum(cost.expert_parameters for cost in costs[start:end])
         dense.append((sum(cost.parameters for cost in costs[start:end]) - routed) / layout.tp)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from launch import software
+from launch.estimate import fp8_told
 from launch.hardware import CLUSTERS
 from launch.scenario import Scenario
 from launch.software import Software
@@ -225,9 +226,22 @@ def test_fp8_gains_what_was_measured() -> None:
 def test_fp8_gains_more_in_more_blocks_and_nothing_where_it_is_emulated() -> None:
     assert fp8_gain("current", "h100", bf16_first=0, bf16_last=0) > fp8_gain("current", "h100") > 1
     assert fp8_gain("delayed", "h100") > fp8_gain("current", "h100") > fp8_gain("blockwise", "h100")
-    assert fp8_gain("current", "a100") < 1
-    none = fp8_gain("current", "h100", bf16_first=8, bf16_last=8)
-    assert none == 1.0
+    assert fp8_gain("current", "a100") < 1 and fp8_gain("mxfp8", "h100") < 1 < fp8_gain("mxfp8", "b200")
+    assert fp8_gain("current", "h100", bf16_first=8, bf16_last=8) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("preset", "device", "words"),
+    [
+        ("llama3-8b", "h100", ""),
+        ("llama3-8b", "a100", "A100-80GB has no such products; emulated they save no time"),
+        ("t5-3b", "h100", "not in these seconds, which are those of bf16"),
+    ],
+)
+def test_where_fp8_saves_no_time_is_told(preset: str, device: str, words: str) -> None:
+    fp8 = Fp8Config(recipe="current")
+    told = fp8_told(step_time(Scenario(get_preset(preset), Layout(), 512, fp8=fp8), CLUSTERS[device]))
+    assert told == (f"fp8.recipe=current: {words}" if words else "")
 
 
 def test_routed_experts_are_timed_in_sixteen_bits() -> None:
