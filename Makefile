@@ -11,6 +11,7 @@ RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 
 .PHONY: help install demo demo-corpus demo-moe demo-bert demo-t5 test test-all check format bench clean
 .DEFAULT_GOAL := help
+.NOTPARALLEL:  # two goals may want one environment
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -20,7 +21,7 @@ install: $(VENV)/.installed  ## the environment alone
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Megaloom needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable .

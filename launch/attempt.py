@@ -142,8 +142,8 @@ class Attempt:
             elif code in SIGNALLED:
                 name = signal.Signals(SIGNALLED[code]).name
                 self._watch.launcher_failed(code, f": something that it started was killed ({name})")
-            elif code < 0 and len(self._processes) == 1:
-                self._watch.launchers_ended(f": it was killed ({signal.Signals(-code).name})")
+            elif start.host is None and (killer := _killer(code)) is not None:
+                self._watch.launchers_ended(f": it was killed ({killer})")
             else:
                 last = self._last.get(number)
                 self._watch.launcher_failed(code, f" ({last})" if last else "")
@@ -195,3 +195,9 @@ class Attempt:
 
     def _on_host(self, what: str) -> str:
         return in_folder(os.getcwd(), [sys.executable, "-m", "launch.processes", self._mark, what])
+
+
+def _killer(code: int) -> str | None:
+    """The signal that ended a launcher, as its leash tells it (128 and more) or, of the leash itself, the system."""
+    number = -code if code < 0 else code - 128
+    return next((known.name for known in signal.Signals if known == number), None)

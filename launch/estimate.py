@@ -333,6 +333,11 @@ def fp8_told(step: StepTime) -> str:
         return f"fp8.recipe={fp8.recipe}: not in these seconds, which are those of {step.scenario.dtype}"
     if not device.fp8_flops_per_s(fp8.recipe):
         return f"fp8.recipe={fp8.recipe}: {device.name} has no such products; emulated they save no time"
+    if fp8.backend == "torch":
+        return (
+            f"fp8.recipe={fp8.recipe}: by torch's products in such a run, counted without a gain: a step took longer "
+            "with them than in bf16"
+        )
     return ""
 
 

@@ -188,7 +188,8 @@ class LayerClock:
         linears = self._fp8_linears(products) if is_fp8 else self._linears(products)
         time = time.plus(linears).plus(self._moving(moved)).plus(attention)
         time = time.plus(self._tensor_collectives(model, pairs=1 if has_experts else 2))
-        return self._recomputed(time, self._forgotten(model, attention, has_experts))
+        linears_of = self._fp8_linears if is_fp8 else self._linears
+        return self._recomputed(time, self._forgotten(model, attention, has_experts, linears_of))
 
     def head(self, model: ModelConfig, *, times: int = 1) -> LayerTime:
         """Logits and the loss on them, of this rank's words."""
@@ -245,9 +246,15 @@ class LayerClock:
         return LayerTime(weight_gradient=self._moved(parameters * ACCUMULATE_BYTES))
 
     def quantising(self, parameters: float) -> LayerTime:
-        """Weights of this many elements to eight bits, once a step: a micro-batch's share of it."""
-        share = self._moved(FP8_WEIGHT_BYTES * parameters / self.scenario.num_micro_batches)
-        return LayerTime(forward=share)
+        """Weights of this many elements to eight bits, in one micro-batch: its share of once a step, or in every pass
+        where no copy outlives one (fp8/copies.py; `keeps_weights` in fp8/transformer_engine.py).
+        """
+        scenario, once = self.scenario, self._moved(FP8_WEIGHT_BYTES * parameters)
+        assert scenario.fp8 is not None
+        repeats = scenario.recompute == "full"
+        if scenario.zero_stage == 3 or (repeats and scenario.fp8.backend != "torch"):
+            return LayerTime(forward=once, input_gradient=once, recompute=once if repeats else Phase())
+        return LayerTime(forward=once.times(1 / scenario.num_micro_batches))
 
     def _gemm_s(self, products: list[Gemm]) -> float:
         device, size = self.cluster.device, self.bytes_per_value
@@ -255,11 +262,13 @@ class LayerClock:
         return sum(product.seconds(device, peak, size) for product in products)
 
     def _fp8_gemm_s(self, products: list[Gemm]) -> float:
-        """Bare, of operands that are eight bits wide; emulated where a device has no such products."""
+        """Bare, of operands that are eight bits wide; as in 16 where a device has no such products, and by torch, whose
+        steps were no faster (benchmarks/RESULTS.md).
+        """
         device, fp8 = self.cluster.device, self.scenario.fp8
         assert fp8 is not None
         peak = device.fp8_flops_per_s(fp8.recipe) * FP8_SHARES[fp8.recipe]
-        if not peak:
+        if not peak or fp8.backend == "torch":
             return self._gemm_s(products)
         return sum(product.seconds(device, peak, 1) for product in products)
 
@@ -404,7 +413,13 @@ class LayerClock:
         talk = LayerTime(forward=both_ways, input_gradient=both_ways, expert_bytes=4 * once_bytes)
         return time.plus(talk)
 
-    def _forgotten(self, model: ModelConfig, attention: LayerTime, has_experts: bool) -> LayerTime:
+    def _forgotten(
+        self,
+        model: ModelConfig,
+        attention: LayerTime,
+        has_experts: bool,
+        linears_of: Callable[[list[Gemm]], LayerTime],
+    ) -> LayerTime:
         """What selective recompute computes again."""
         wide, names = (
             2 * self.tokens * model.hidden_size * self.bytes_per_value,
@@ -418,19 +433,19 @@ class LayerClock:
             heads = (
                 model.query_width + model.num_attention_heads * model.mla.qk_nope_head_dim + model.value_width
             )
-            parts.append(self._linears([Gemm(self.tokens, heads / layout.tp, model.mla.kv_lora_rank)]))
+            parts.append(linears_of([Gemm(self.tokens, heads / layout.tp, model.mla.kv_lora_rank)]))
         if has_experts and moe is not None:
             if "moe" in names:
-                linears = self._router(model) + self._shared_mlp(model)
-                parts += [self._experts(model), self._linears(linears)]
+                parts += [self._experts(model), self._linears(self._router(model))]
+                parts.append(linears_of(self._shared_mlp(model)))
             if "moe_act" in names:
                 rows = self.tokens * moe.top_k / layout.tp
                 parts.append(self._moving(self._activation_bytes(model, moe.ffn_hidden_size, rows)))
             if "shared_experts" in names and moe.shared_ffn_hidden_size:
-                parts.append(self._linears(self._mlp(model, moe.shared_ffn_hidden_size)))
+                parts.append(linears_of(self._mlp(model, moe.shared_ffn_hidden_size)))
         elif "mlp" in names:
             talk = self._reduced(self.tokens * model.hidden_size * size)
-            parts.append(self._linears(self._mlp(model, model.ffn_width)))
+            parts.append(linears_of(self._mlp(model, model.ffn_width)))
             parts.append(
                 self._moving(self._activation_bytes(model, model.ffn_width, self.tokens) / layout.tp)
             )

@@ -1,5 +1,6 @@
 """Whether a run could be as a scenario says: by the same rules that judge a run file, and no others."""
 
+from dataclasses import replace
 from functools import lru_cache
 
 from launch.scenario import Scenario
@@ -8,6 +9,7 @@ from model_providers.layout import Layout, layout_problems
 from pretrain import config_rules
 from pretrain.config import RunConfig
 from pretrain.config_io import Run
+from pretrain.fp8_te_rules import settled_fp8
 from pretrain.optimizer_facts import canonical
 
 # Disks and checkpoints are for those who start the run.
@@ -69,6 +71,14 @@ def as_run(config: RunConfig, scenario: Scenario) -> Run:
         update={"layout": stated, "recompute": recompute, "loss": loss, "optimizer": optimizer}
     )
     return Run(edited, document, layout, {})
+
+
+def settled(config: RunConfig, scenario: Scenario) -> Scenario:
+    """With torch's FP8 where a run like this would not get Transformer Engine's."""
+    if scenario.fp8 is None:
+        return scenario
+    fp8, _ = settled_fp8(as_run(config, replace(scenario, fp8=config.fp8)))
+    return replace(scenario, fp8=fp8)
 
 
 def modules_stated(scenario: Scenario) -> tuple[str, ...] | None:

@@ -108,14 +108,15 @@ def eight_bit_copies(scenario: Scenario, spans: tuple[Span, ...]) -> int:
         set(fp8_places(model, fp8)),
         layer_shapes(model, tp=layout.tp, ep=layout.ep, etp=layout.expert_tp),
     )
+    whole = scenario.zero_stage < 3  # else one matrix at a time, one expert's too
     elements = [
-        shape.elements
+        shape.elements if whole or not shape.is_expert else shape.elements // shape.lengths[0]
         for start, stop in spans
         for place in range(start, stop)
         for shape in shapes[place]
         if place in places and shape.is_hidden and (fp8.takes_experts or not shape.is_expert)
     ]
-    at_once = max(elements, default=0) if scenario.zero_stage == 3 else sum(elements)
+    at_once = sum(elements) if whole else max(elements, default=0)
     return round(2 * fp8.bytes_per_number * at_once) if fp8.recipe != "blockwise" else 2 * at_once
 
 

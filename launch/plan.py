@@ -154,7 +154,9 @@ def _document_of(name: str, words: argparse.Namespace) -> tuple[dict[str, Any], 
     if words.precision is not None:
         raw["precision"] = {**raw.get("precision", {}), "dtype": words.precision}
     if words.fp8 is not None:
-        raw["fp8"] = shown["fp8"] = {**(raw.get("fp8") or {}), "recipe": words.fp8}
+        stated_fp8 = raw.get("fp8") or {}
+        if isinstance(stated_fp8, dict):  # else what is there is told to be wrong
+            raw["fp8"] = shown["fp8"] = {**stated_fp8, "recipe": words.fp8}
     raw.pop("deepspeed", None)
     return raw, shown
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from launch.fitting import Fit, fits
 from launch.hardware import Cluster
-from launch.legality import illegal
+from launch.legality import illegal, settled
 from launch.scenario import Scenario, optimizer_of
 from launch.step_time import StepTime, step_time
 from model_providers.activation_memory import RecomputeMode
@@ -200,6 +200,7 @@ def _expert_sizes(model: ModelConfig, tp: int, dp: int) -> list[tuple[int, int |
 def _with_least_savings(task: Task, scenario: Scenario) -> tuple[Scenario | None, Fit, int]:
     """The scenario with as little recompute and offload as makes it fit, its memory, and how many were tried."""
     tried = 1
+    scenario = settled(task.config, scenario)
     memory = fits(scenario, task.cluster)
     if memory.fits:
         return scenario, memory, tried
@@ -207,6 +208,7 @@ def _with_least_savings(task: Task, scenario: Scenario) -> tuple[Scenario | None
         saved = replace(scenario, **saving._asdict())
         if illegal(task.config, saved) is not None:
             continue
+        saved = settled(task.config, saved)
         tried += 1
         memory = min(memory, fits(saved, task.cluster), key=lambda each: each.total_bytes)
         if memory.fits:

@@ -18,6 +18,7 @@ from pretrain.ds_config import Buckets, gradient_buckets
 from pretrain.ds_offload import Place, SwapBuffers, offload_place, offload_ratio, swap_buffers
 from pretrain.engine.schedules.catalogue import placement_of
 from pretrain.engine.schedules.ops import Placement
+from pretrain.fp8_te_rules import settled_fp8
 from pretrain.optimizer_facts import ADAMW, OptimizerChoice, choice_of
 
 
@@ -116,7 +117,7 @@ def scenario_of(run: Run) -> Scenario:
         target_length=config.target_length,
         partition=config.layout.partition,
         optimizer=optimizer_of(config.optimizer),
-        fp8=config.fp8,
+        fp8=settled_fp8(run)[0],
         offloads_activations=config.recompute.offload,
         offload_ratio=offload_ratio(run.deepspeed) or 1.0,
         swap=swap_buffers(run.deepspeed, run.largest_shard),

@@ -179,7 +179,7 @@ def fp8_kernels(kernels: Kernels, facts: Fp8Config) -> Kernels:
         column_linear=column,
         row_linear=row,
         down_linear=fp8_replicated(facts),
-        experts=fp8_experts(facts) if facts.takes_experts else GroupedExperts,
+        experts=fp8_experts(facts) if facts.may_take_experts else GroupedExperts,
     )
 
 

@@ -94,7 +94,7 @@ def _begin(path: Path, trained: Trained, subject: Subject, samples: str, exact: 
         blocks = Blocks(0, 0)
     dtype = config.precision.dtype
     notes = [FP16_NOTE] if dtype == "fp16" else []
-    if config.model.moe is not None and not stated.takes_experts:
+    if config.model.moe is not None and not stated.may_take_experts:
         notes.append(
             "routed experts stay in the run's own format, as the run says (fp8.experts, fp8.backend)"
         )

@@ -79,9 +79,14 @@ def blocks_are_not_cut_by_tp(run: "Run") -> str | None:
     of_experts = expert_width(run.config.model, layout, fp8) if layout.expert_tp > 1 else []
     for name, width in [*shared_widths(run.config.model, layout), *of_experts]:
         if width % size:
+            way_out = (
+                "layout.etp=1, fp8.experts=false"
+                if of_experts and name == of_experts[0][0]
+                else "a smaller tp"
+            )
             return (
                 f"fp8.recipe={fp8.recipe} with layout.tp={layout.tp}: a rank's share of {name} is {width} wide, no "
-                f"multiple of the {size} numbers that share a scale; use a smaller tp, or fp8.recipe=current"
+                f"multiple of the {size} numbers that share a scale; use {way_out}, or fp8.recipe=current"
             )
     return None
 

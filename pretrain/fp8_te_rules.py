@@ -151,8 +151,8 @@ def shared_widths(model: ModelConfig, layout: Layout) -> Iterator[tuple[str, int
 
 
 def expert_width(model: ModelConfig, layout: Layout, fp8: Fp8Config) -> list[tuple[str, int]]:
-    """What an expert's tensor group cuts, elements on each rank, where experts follow the recipe."""
-    if model.moe is None or not fp8.takes_experts:
+    """What an expert's tensor group cuts, elements on each rank, where experts may follow the recipe."""
+    if model.moe is None or not fp8.may_take_experts:
         return []
     return [("an expert", model.moe.ffn_hidden_size // layout.expert_tp)]
 

@@ -96,7 +96,7 @@ class Subject:
 
     def is_narrow(self, name: str, blocks: Blocks) -> bool:
         stated = self.trained.config.fp8
-        if ".experts." in name and stated is not None and not stated.takes_experts:
+        if ".experts." in name and stated is not None and not stated.may_take_experts:
             return False
         stack, index = block_of(name)
         facts = Fp8Config(recipe="current", bf16_first=blocks.first, bf16_last=blocks.last)

@@ -61,9 +61,16 @@ class Fp8Config(Facts):
     experiment: bool = Field(False, description="nvfp4 is asked for knowing that no hardware here runs it")
 
     @property
-    def takes_experts(self) -> bool:
-        """Whether routed experts follow the recipe; Transformer Engine's layers leave them out."""
+    def may_take_experts(self) -> bool:
+        """Whether routed experts follow the recipe where torch's products are taken."""
         return self.experts is not False and self.backend != "te"
+
+    @property
+    def takes_experts(self) -> bool:
+        """The same once a backend is settled: where it is still open, CUDA's layers are Transformer Engine's, which
+        leave experts out.
+        """
+        return self.experts is not False and self.backend == "torch"
 
     @property
     def bytes_per_number(self) -> float:

@@ -48,7 +48,8 @@ class Fp8ExpertProduct(torch.autograd.Function):
         parts, kept = parts_of(counts, first), []
         for place, expert, start, stop in parts:
             rows = filled(x[start:stop], scaling.facts)
-            given = scaling.input(rows, both=keeps_copy, is_trained=is_trained, expert=expert)
+            here = {"expert": expert, "num_rows": stop - start}
+            given = scaling.input(rows, both=keeps_copy, is_trained=is_trained, **here)
             matrix = scaling.weight(weight[place], both=False, expert=expert)
             product = multiply(given.rows, matrix.rows, x.dtype, is_precise=False)
             output[start:stop] = product[: stop - start]
@@ -68,7 +69,8 @@ class Fp8ExpertProduct(torch.autograd.Function):
         factors = []
         for number, (place, expert, start, stop) in enumerate(ctx.parts):
             rows = filled(grad[start:stop], ctx.scaling.facts)
-            given = ctx.scaling.gradient(rows, both=wants_weight, expert=expert)
+            here = {"expert": expert, "num_rows": stop - start}
+            given = ctx.scaling.gradient(rows, both=wants_weight, **here)
             if grad_x is not None:
                 matrix = ctx.scaling.weight(weight[place], expert=expert).columns
                 grad_x[start:stop] = multiply(given.rows, matrix, grad.dtype)[: stop - start]
@@ -99,11 +101,10 @@ def parts_of(counts: Sequence[int], first: int) -> list[Part]:
 
 def filled(rows: torch.Tensor, facts: Fp8Config) -> torch.Tensor:
     """On CUDA with rows of zeros up to what eight-bit products ask of the tokens, which are summed over in the weight's
-    gradient; they change no scale and no sum, though they count as numbers where someone watches.
+    gradient; they change no scale and no sum.
     """
-    if not rows.is_cuda:
-        return rows
-    return F.pad(rows, (0, 0, 0, -rows.size(0) % max(ALIGNMENT, BLOCKS.get(facts.recipe, 0))))
+    lacking = -rows.size(0) % max(ALIGNMENT, BLOCKS.get(facts.recipe, 0)) if rows.is_cuda else 0
+    return F.pad(rows, (0, 0, 0, lacking)) if lacking else rows
 
 
 def _weight_gradient(

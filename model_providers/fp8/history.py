@@ -21,6 +21,9 @@ class AmaxHistory:
         self.largest = torch.zeros(length, num_experts, 2)  # fp32, by step modulo length
         self.num_steps = 0  # that are in it
         self.seen = torch.zeros(num_experts, 2)  # in the step at hand
+        self._past: torch.Tensor | None = (
+            None  # [experts 2]: the largest of all steps, looked for once a step
+        )
 
     def note(self, which: int, magnitude: torch.Tensor, expert: int = 0) -> None:
         """A value of this step: counts from the next step on."""
@@ -35,10 +38,10 @@ class AmaxHistory:
         """
         if not self.num_steps:
             return None
-        own = self.largest[:, expert, which].max()
-        if self.largest.shape[1] == 1:
-            return own
-        return torch.where(own > 0, own, self.largest[..., which].max())
+        if self._past is None:
+            own = self.largest.amax(dim=0)
+            self._past = torch.where(own > 0, own, own.amax(dim=0))
+        return self._past[expert, which]
 
     def roll(self, seen: torch.Tensor | None) -> None:
         """The step has ended, with ``seen`` [experts 2] over all ranks; None: it was not applied and does not count."""
@@ -46,7 +49,7 @@ class AmaxHistory:
             if self.largest.device != seen.device:
                 self.largest = self.largest.to(seen.device)
             self.largest[self.num_steps % len(self.largest)] = seen
-            self.num_steps += 1
+            self.num_steps, self._past = self.num_steps + 1, None
         self.seen = torch.zeros_like(self.seen)
 
     def state(self) -> dict[str, object]:
@@ -63,4 +66,4 @@ class AmaxHistory:
             num_steps = len(newest)
             largest = torch.zeros_like(self.largest, device=largest.device)
             largest[:num_steps] = newest
-        self.largest, self.num_steps = largest.to(device), num_steps
+        self.largest, self.num_steps, self._past = largest.to(device), num_steps, None

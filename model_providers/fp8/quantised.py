@@ -39,6 +39,14 @@ class Quantised(NamedTuple):
         assert self.block is not None
         return wide.mul_(spread(self.wide_scales.to(dtype), self.block, wide.shape))
 
+    def first(self, rows: int | None) -> "Quantised":
+        """[rows k], of one with whole blocks or blocks of one row; None: all."""
+        if rows is None or rows == len(self.payload):
+            return self
+        tall = 1 if self.block is None else self.block[0]
+        scales = None if self.scales is None else self.scales[: -(-rows // tall)]
+        return self._replace(payload=self.payload[:rows], scales=scales)
+
     def transposed(self) -> "Quantised":
         """[k m], laid out anew."""
         scales = None if self.scales is None else self.scales.t().contiguous()

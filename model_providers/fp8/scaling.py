@@ -48,17 +48,30 @@ class Scaling:
         """How many tensor ranks hold the same numbers of it."""
         return 1 if self._group is None or operand in self._cut else int(self._group.size())
 
-    def input(self, x: torch.Tensor, *, both: bool, is_trained: bool, expert: int = 0) -> Sides:
-        """[t k] -> rows [t k], and for the weight's gradient columns [k t]; past scales learn from training only."""
+    def input(
+        self,
+        x: torch.Tensor,
+        *,
+        both: bool,
+        is_trained: bool,
+        expert: int = 0,
+        num_rows: int | None = None,
+    ) -> Sides:
+        """[t k] -> rows [t k], and for the weight's gradient columns [k t]; past scales learn from training only.
+
+        ``num_rows``: behind which all are zeros that fill ``x`` up, and nobody sees them.
+        """
         if self.history is not None and is_trained:
             self.history.note(INPUT, largest_magnitude(x), expert)
-        return self._quantise("input", x, both=both, is_shown=is_trained, expert=expert)
+        return self._quantise("input", x, both=both, is_shown=is_trained, expert=expert, num_rows=num_rows)
 
-    def gradient(self, grad: torch.Tensor, *, both: bool, expert: int = 0) -> Sides:
+    def gradient(
+        self, grad: torch.Tensor, *, both: bool, expert: int = 0, num_rows: int | None = None
+    ) -> Sides:
         """[t n] -> rows [t n], columns [n t]"""
         if self.history is not None:
             self.history.note(GRADIENT, largest_magnitude(grad), expert)
-        return self._quantise("gradient", grad, both=both, expert=expert)
+        return self._quantise("gradient", grad, both=both, expert=expert, num_rows=num_rows)
 
     def weight(self, weight: torch.Tensor, *, both: bool = True, expert: int = 0) -> Sides:
         """[n k] -> rows [n k], columns [k n]; kept for the rest of the step, so with columns, asked for or not."""
@@ -78,7 +91,14 @@ class Scaling:
         self._copies.clear()
 
     def _quantise(
-        self, operand: Operand, x: torch.Tensor, *, both: bool, is_shown: bool = True, expert: int = 0
+        self,
+        operand: Operand,
+        x: torch.Tensor,
+        *,
+        both: bool,
+        is_shown: bool = True,
+        expert: int = 0,
+        num_rows: int | None = None,
     ) -> Sides:
         """``is_shown``: not where a forward pass is no part of training, or is only gathered once more."""
         recipe = self.facts.recipe
@@ -89,7 +109,7 @@ class Scaling:
         else:
             sides = self._by_block(operand, x, both=both)
         if self.look is not None and is_shown:
-            self.look(operand, x, sides.rows)
+            self.look(operand, x[:num_rows], sides.rows.first(num_rows))
         return sides
 
     def _by_tensor(self, operand: Operand, x: torch.Tensor, expert: int, *, both: bool) -> Sides:

@@ -39,7 +39,14 @@ class SimulatedScaling(Scaling):
         self._bits = {"exponent_bits": exponent_bits, "mantissa_bits": mantissa_bits}
 
     def _quantise(
-        self, operand: Operand, x: torch.Tensor, *, both: bool, is_shown: bool = True, expert: int = 0
+        self,
+        operand: Operand,
+        x: torch.Tensor,
+        *,
+        both: bool,
+        is_shown: bool = True,
+        expert: int = 0,
+        num_rows: int | None = None,
     ) -> Sides:
         rows = Quantised(rounded(x, **self._bits), x.new_ones((), dtype=torch.float32))
         return Sides(rows, rows.transposed() if both else None)

@@ -11,6 +11,7 @@ from launch.memory import RankMemory, gathered_elements, memory, rank_memory, sp
 from launch.model_states import Held, states
 from launch.scenario import Scenario, scenario_of
 from model_providers.config import ModelConfig
+from model_providers.fp8.config import Fp8Config
 from model_providers.layout import Layout
 from model_providers.presets import get_preset
 from model_providers.tensor_shares import layer_shares
@@ -216,6 +217,20 @@ def test_offloaded_activations_are_on_the_host_but_for_two_layers(recompute: Any
     (here,), (there,) = (memory(replace(plain, offloads_activations=is_on)).ranks for is_on in (False, True))
     left = there.cpu.activations + there.device.activations - here.device.activations
     assert there.cpu.activations > 0 and left == pytest.approx(there.cpu.activations / 16, rel=1e-3)
+
+
+def test_experts_are_counted_in_eight_bits_where_torchs_products_are_sure() -> None:
+    """Where it is open, CUDA's layers are Transformer Engine's, which leave them out; under ZeRO-3 one is at work."""
+    plain = Scenario(get_preset("mixtral-8x7b"), Layout(ep=8, dp=8), 4096)
+
+    def buffers(backend: str, **facts: Any) -> int:
+        fp8 = Fp8Config(recipe="current", backend=backend)  # type: ignore[arg-type]
+        (rank,) = memory(replace(plain, fp8=fp8, **facts)).ranks
+        return rank.device.buffers
+
+    assert buffers("auto") == buffers("te") < buffers("torch")
+    one_expert = 2 * 14336 * 4096
+    assert buffers("torch", zero_stage=3) - buffers("te", zero_stage=3) <= 2 * one_expert
 
 
 # ---- ranks

@@ -18,6 +18,7 @@ from model_providers.presets import get_preset
 from pretrain.config import RunConfig
 from pretrain.config_io import load_run
 from pretrain.errors import RunError
+from pretrain.fp8_te_rules import settled_fp8
 from tests.runs import tiny
 
 
@@ -122,8 +123,13 @@ def test_fp8_is_planned_with_and_written(
         plan.main([*words, *more])
         seconds.append(json.loads(capsys.readouterr().out)["layouts"][0]["step_s"])
     assert seconds[1] < 0.95 * seconds[0]
-    fp8 = load_run(tmp_path / "run.yaml", world_size=8).config.fp8
-    assert fp8 is not None and fp8.recipe == "current"
+    run = load_run(tmp_path / "run.yaml", world_size=8)
+    assert run.config.fp8 is not None and run.config.fp8.recipe == "current"
+    fp8, _ = settled_fp8(run)
+    assert fp8 is not None and fp8.backend == "auto", "the fastest is one that Transformer Engine can take"
+    (tmp_path / "own.yaml").write_text("fp8: [current]\nmodel: {preset: llama3-8b}\n")
+    with pytest.raises(RunError, match="fp8"):
+        plan.main(["--model", str(tmp_path / "own.yaml"), "--gpus", "8", "--fp8", "current"])
 
 
 def test_what_a_run_file_says_besides_is_kept(tmp_path: Path, corpus: str) -> None:

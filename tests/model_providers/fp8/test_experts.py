@@ -1,6 +1,8 @@
 """Routed experts in eight bits: each is a linear of its own, whoever holds it and however many rows it has."""
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,10 +12,11 @@ from model_providers import weight_gradients
 from model_providers.building import solo_groups
 from model_providers.fp8 import copies, experts
 from model_providers.fp8.config import RECIPES, Fp8Config
-from model_providers.fp8.experts import Fp8ExpertLinear, Fp8ExpertProduct
+from model_providers.fp8.experts import Fp8ExpertLinear, Fp8ExpertProduct, filled
 from model_providers.fp8.history import INPUT, AmaxHistory
 from model_providers.fp8.linears import COLUMN_CUTS, Fp8Product, scalings
 from model_providers.fp8.scaling import Scaling
+from model_providers.fp8.tally import Tally
 from tests.model_providers.plans import batch, build, llama_like, loss_and_gradients
 
 RECIPE = pytest.mark.parametrize("recipe", RECIPES)
@@ -86,8 +89,13 @@ def test_rows_of_zeros_that_a_device_asks_for_change_nothing(
     wanted = x.grad.clone(), weight.grad.clone()
     x.grad = weight.grad = None
     monkeypatch.setattr(experts, "filled", lambda rows, facts: F.pad(rows, (0, 0, 0, -len(rows) % 128)))
-    found = run(scaling_of(recipe), x, weight)
+    scaling = scaling_of(recipe)
+    scaling.look = tally = Tally(scaling, torch.device("cpu"))
+    found = run(scaling, x, weight)
     found.backward(grad)
+    assert [float(row[0]) for row in tally.sums] == [x.numel(), 2 * 3 * N * K, grad.numel()], (
+        "nor are they seen"
+    )
     assert torch.equal(found, plain) and torch.equal(x.grad, wanted[0])
     torch.testing.assert_close(weight.grad, wanted[1], rtol=1e-5, atol=1e-5)  # another order of sums
 
@@ -144,6 +152,17 @@ def test_an_expert_without_past_takes_what_its_neighbours_had() -> None:
     again = AmaxHistory(2, num_experts=3)
     again.restore(history.state(), torch.device("cpu"))
     assert [float(again.magnitude(INPUT, expert)) for expert in range(3)] == found  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("recipe", "rows"), [("current", 16), ("mxfp8", 32), ("blockwise", 128)])
+def test_rows_are_filled_up_for_a_device_alone(recipe: str, rows: int) -> None:
+    facts, x = Fp8Config(recipe=recipe), torch.ones(7, 4)
+    assert filled(x, facts) is x
+    like_cuda = cast(Any, SimpleNamespace(size=x.size, is_cuda=True))
+    with patch.object(experts.F, "pad", lambda given, by: by):
+        assert cast(Any, filled(like_cuda, facts)) == (0, 0, 0, rows - 7)
+    whole = cast(Any, SimpleNamespace(size=lambda _: 2 * rows, is_cuda=True))
+    assert filled(whole, facts) is whole, "nothing is copied where nothing lacks"
 
 
 MOE = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 32, "shared_ffn_hidden_size": 32}
