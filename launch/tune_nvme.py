@@ -133,10 +133,13 @@ def sweep(folder: Path, space: Space, *, megabytes: int, console: Console) -> di
 @contextmanager
 def _workplace(folder: Path) -> Iterator[tuple[Path, Path]]:
     """A folder of our own on the disk, and one for logs elsewhere; both are gone afterwards."""
-    with (
-        tempfile.TemporaryDirectory(prefix=".megaloom-tune-", dir=folder) as work,
-        tempfile.TemporaryDirectory() as logs,
-    ):
+    both = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, both)  # a folder made and not yet known would stay
+    try:
+        made = tempfile.TemporaryDirectory(prefix=".megaloom-tune-", dir=folder)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
+    with made as work, tempfile.TemporaryDirectory() as logs:
         yield Path(work), Path(logs)
 
 
