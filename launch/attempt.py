@@ -27,6 +27,7 @@ from launch.watch import Failure, Watch
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 LISTEN_S = 0.1
+ASK_AGAIN_S = 0.5
 LAST_WORDS_S = 2.5  # after a first failure, for those that failed with it
 CLEANING_S = 30.0
 SIGNALLED = {256 - number: number for number in signal.valid_signals()}  # the launcher's exit code for -n
@@ -89,7 +90,8 @@ class Attempt:
             self._drain()
             for number, handler in before.items():
                 signal.signal(number, handler)
-        failure = None if self._signals > 1 else self._watch.failure
+        is_early = self._signals == 1 and not self._watch.step  # ranks that only start obey by ending
+        failure = None if self._signals > 1 or is_early else self._watch.failure
         code = failure.code if failure else 130 if self._signals > 1 else 0
         return Outcome(code, failure, self._signals > 0, self._watch.step, left)
 
@@ -161,10 +163,17 @@ class Attempt:
             threading.Thread(target=self._stop, daemon=True).start()
 
     def _stop(self) -> None:
-        if self._hosts:
-            ask(self._hosts, self._on_host("stop"), timeout_s=CLEANING_S)
-        else:
-            processes.stop(self._mark)
+        """Ranks whose keepers are only about to start are asked when they are there."""
+        waiting, asked = list(self._hosts), set[int]()
+        while not self._watch.is_stopping:
+            if waiting:
+                answers = ask(waiting, self._on_host("stop"), timeout_s=CLEANING_S)
+                waiting = [host for host in waiting if answers[host].out.strip() == "0"]
+            elif not self._hosts:
+                asked |= processes.stop(self._mark, but=asked)
+            if not waiting and (self._hosts or len(asked) >= len(self._watch.ranks)):
+                return
+            time.sleep(ASK_AGAIN_S)
 
     def _end(self) -> tuple[str, ...]:
         """Nothing of this launch is left, here or there; hosts that cannot be reached are named."""

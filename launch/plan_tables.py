@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from launch import advice
+from launch.estimate import fp8_told
 from launch.planner import Candidate, Search, Task, lacks
 from model_providers.cost import parameters
 
@@ -48,6 +49,8 @@ def told(asked: Asked, found: Search, *, top: int, tokens: float | None) -> list
         lines += advised(asked.advice, asked.lr)
     lines.append(ranking(found, top=top))
     lines.append(why(best))
+    if fp8_told(step):
+        lines.append(fp8_told(step))
     if tokens is not None:
         lines.append(
             f"{tokens:.3g} tokens: {asked.steps} steps, {step.days(tokens):.3g} days, {step.device_hours(tokens):.4g} "

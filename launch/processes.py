@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Collection
 
 import psutil
 
@@ -32,12 +33,12 @@ def marked(mark: str) -> list[psutil.Process]:
     return found
 
 
-def stop(mark: str) -> int:
-    """Ask the ranks to finish their step, save and end; returns how many were asked."""
-    keepers = [process for process in marked(mark) if _module(process) == KEEPER]
+def stop(mark: str, *, but: Collection[int] = ()) -> set[int]:
+    """Ask the ranks to finish their step, save and end, ``but`` those asked already; returns the keepers asked."""
+    keepers = [process for process in marked(mark) if _module(process) == KEEPER and process.pid not in but]
     for keeper in keepers:
         _signal(keeper, signal.SIGTERM)
-    return len(keepers)
+    return {keeper.pid for keeper in keepers}
 
 
 def end(mark: str) -> int:
@@ -78,7 +79,7 @@ def _signal(process: psutil.Process, number: signal.Signals) -> None:
 def main(argv: list[str] | None = None) -> int:
     mark, what = sys.argv[1:] if argv is None else argv
     if what == "stop":
-        print(stop(mark))
+        print(len(stop(mark)))
         return 0
     return 1 if end(mark) else 0
 

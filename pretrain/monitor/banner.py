@@ -98,11 +98,14 @@ def _eight_bits(run: Run, engine: Engine) -> str:
     outer = [f"the first {fp8.bf16_first}"] if fp8.bf16_first else []
     outer += [f"the last {fp8.bf16_last}"] if fp8.bf16_last else []
     kept = [f"{' and '.join(outer)} of a stack's blocks"] if outer else []
+    too = ""
     if config.model.moe is not None and (fp8.experts is False or whose != "torch"):
         kept.append("routed experts")
+    elif config.model.moe is not None:
+        too = ", routed experts too"
     stay = f"; {', '.join(kept)} stay in {config.precision.dtype}" if kept else ""
     begins = f" from step {fp8.start_step} on" if fp8.start_step else ""
-    return f"{fp8.recipe} by {whose}{begins}{stay}"
+    return f"{fp8.recipe} by {whose}{too}{begins}{stay}"
 
 
 def _barred(names: Sequence[str], wide: str) -> str:

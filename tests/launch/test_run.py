@@ -205,6 +205,24 @@ def test_a_killed_rank_ends_the_run_with_the_reason_and_leaves_nothing(run_file:
     assert "memory" in output.splitlines()[-1]
 
 
+@pytest.mark.ranks
+@pytest.mark.timeout(LAUNCH_S)
+def test_a_signal_while_the_libraries_are_loaded_ends_the_run(run_file: Path) -> None:
+    """There may be nobody yet whom it could be passed on to."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch", "run", str(run_file), "--ranks", "2", "train.steps=100000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+    )
+    assert process.stdout is not None and process.stdout.readline().startswith("starting 2 ranks")
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=LAUNCH_S / 2)[0]
+    assert process.returncode == 0, output
+    assert "SIGTERM: finishing this step" in output and "Traceback" not in output
+
+
 @pytest.mark.thorough
 @pytest.mark.ranks
 @pytest.mark.timeout(LAUNCH_S)
