@@ -217,6 +217,7 @@ def test_a_signal_while_the_libraries_are_loaded_ends_the_run(run_file: Path) ->
         env=environment(),
     )
     assert process.stdout is not None and process.stdout.readline().startswith("starting 2 ranks")
+    time.sleep(1)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=LAUNCH_S / 2)[0]
     assert process.returncode == 0, output
