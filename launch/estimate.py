@@ -6,9 +6,8 @@ Works on a laptop for a thousand ranks: nothing is asked of this machine, no cor
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from rich.console import Console
@@ -17,13 +16,13 @@ from rich.text import Text
 
 from launch.examined_cluster import described
 from launch.hardware import CLUSTERS, Cluster
-from launch.layer_time import is_timed_by_flops
-from launch.legality import illegal
+from launch.legality import allowed
 from launch.memory import Memory, RankMemory, memory, optimizer_bytes_per_parameter
 from launch.remedies import Remedy, remedies
 from launch.run import positive
 from launch.scenario import Scenario, scenario_of
 from launch.step_time import StepTime, step_time
+from launch.time_tables import GIB, time_lines, time_table
 from model_providers.config import ModelConfig
 from model_providers.cost import active_parameters, parameters, train_flops_per_token
 from model_providers.errors import ModelError
@@ -32,7 +31,6 @@ from pretrain.config_io import Run, load_run, run_with
 from pretrain.errors import RunError
 from pretrain.optimizer_facts import canonical
 
-GIB = 2**30
 DEVICE_GIB = 80.0
 RESERVE_GIB = 4.0  # a guess: CUDA's context, NCCL's buffers, and what the allocator cannot use
 PIPED_WIDTH = 140
@@ -73,9 +71,7 @@ class Estimate:
     def remedies(self) -> list[Remedy]:
         if self.fits:
             return []
-        return remedies(
-            self.scenario, self.limit_bytes, lambda edited: illegal(self.run.config, edited) is None
-        )
+        return remedies(self.scenario, self.limit_bytes, partial(allowed, self.run.config))
 
     @property
     def flops_per_token(self) -> float:
@@ -102,9 +98,13 @@ def main(argv: list[str]) -> None:
         print(json.dumps(as_json(estimate), indent=2))
         return
     console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False, markup=False)
-    for section in SECTIONS if cluster is None else (*SECTIONS, time_table):
+    for section in (model_table, memory_table):
         console.print(section(estimate))
-    for line in [*time_lines(estimate), *verdict(estimate)]:
+    lines = verdict(estimate)
+    if estimate.step is not None:
+        console.print(time_table(estimate.step))
+        lines = [*time_lines(estimate.step, estimate.tokens), *lines]
+    for line in lines:
         console.print(line, soft_wrap=True)
 
 
@@ -273,87 +273,6 @@ def memory_table(estimate: Estimate) -> Table:
     if any(rank.device.not_together for rank in estimate.memory.ranks):
         table.caption = "at once: some gradients come as activations go, so it is less than the sum"
     return table
-
-
-PARTS_TOLD = {
-    "gemm_s": "matrix products",
-    "attention_s": "attention",
-    "memory_bound_s": "norms, activations and the like, by memory",
-    "recompute_s": "recompute",
-    "tensor_parallel_s": "tensor-parallel sums",
-    "expert_parallel_s": "tokens to experts and back",
-    "bubble_s": "pipeline bubble",
-    "transfer_s": "messages between stages",
-    "data_parallel_s": "gradients and weights between copies, unhidden",
-    "optimizer_s": "optimizer",
-    "offload_s": "copies to the host",
-}
-
-
-def time_table(estimate: Estimate) -> Table:
-    """Seconds of a step by part."""
-    step = estimate.step
-    assert step is not None
-    device = step.cluster.device
-    table = Table(
-        "part", "seconds", "share", title=f"a step on {step.num_devices} x {device.name}, as predicted"
-    )
-    for name, seconds in step.parts.items():
-        if seconds >= 0.0005 * step.total_s:
-            table.add_row(PARTS_TOLD[name], f"{seconds:.4g}", f"{seconds / step.total_s:.1%}")
-    table.add_section()
-    table.add_row("a step", f"{step.total_s:.4g}", "")
-    return table
-
-
-def time_lines(estimate: Estimate) -> list[str]:
-    """What follows from the step's time."""
-    step = estimate.step
-    if step is None:
-        return []
-    lines = [
-        f"{step.tokens_per_s:,.0f} tokens/s, {step.tflops_per_device():.3g} TFLOP/s a device, MFU {step.mfu():.1%} "
-        f"(causal attention counted by half; {step.mfu('full'):.1%} with all of it)",
-        f"bubble {step.bubble_share:.1%} of the pipeline's time" if step.scenario.layout.pp > 1 else "",
-        sent(step),
-        fp8_told(step),
-    ]
-    if estimate.tokens is not None:
-        days, hours = step.days(estimate.tokens), step.device_hours(estimate.tokens)
-        lines.append(f"{estimate.tokens:.4g} tokens: {days:.3g} days, {hours:,.0f} device-hours")
-    return [line for line in lines if line]
-
-
-def fp8_told(step: StepTime) -> str:
-    """Where a recipe saves no time."""
-    fp8, device = step.scenario.fp8, step.cluster.device
-    if fp8 is None:
-        return ""
-    if is_timed_by_flops(step.scenario.model):
-        return f"fp8.recipe={fp8.recipe}: not in these seconds, which are those of {step.scenario.dtype}"
-    if not device.fp8_flops_per_s(fp8.recipe):
-        return f"fp8.recipe={fp8.recipe}: {device.name} has no such products; emulated they save no time"
-    if fp8.backend == "torch":
-        return (
-            f"fp8.recipe={fp8.recipe}: by torch's products in such a run, counted without a gain: a step took longer "
-            "with them than in bf16"
-        )
-    return ""
-
-
-def sent(step: StepTime) -> str:
-    """What one device sends in a step, by link."""
-    where = {"intra": "inside nodes", "inter": "between nodes", "host": "to its host"}
-    told = [
-        f"{kind} {sent_bytes / GIB:.3g} GiB {where.get(step.links.get(kind, ''), '')}".strip()
-        for kind, sent_bytes in step.traffic._asdict().items()
-        if sent_bytes and step.links.get(kind, "") != "none"
-    ]
-    return f"a device sends in a step: {', '.join(told)}" if told else ""
-
-
-# The parts of the answer, in order; where a device is named, time follows.
-SECTIONS: tuple[Callable[[Estimate], Table], ...] = (model_table, memory_table)
 
 
 def verdict(estimate: Estimate) -> list[str]:

@@ -8,24 +8,25 @@ Models with two stacks or a generator are timed by their FLOPs alone, at the rat
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
 
-from launch.hardware import Cluster, Device
+from launch.hardware import Cluster
 from launch.links import Group, group
+from launch.phases import LayerTime, Phase
+from launch.product_time import (
+    BYTES,
+    FP8_WEIGHT_BYTES,
+    MEMORY_SHARE,
+    Gemm,
+    fp8_gemm_s,
+    gemm_s,
+    quantised_bytes,
+)
 from launch.scenario import Scenario
 from model_providers.config import ModelConfig
 from model_providers.cost import layer_costs
-from model_providers.fp8.config import Recipe
 from model_providers.loss_chunks import tokens_of_a_chunk
 
-# A product is cut into tiles of 256 x 128, the largest that tensor cores of Ampere and Hopper are fed with (NVIDIA,
-# "Matrix multiplication background user's guide", section 4); the last wave of tiles is half empty on average.
-TILE = (256, 128)
-LOST_WAVES = 0.5
-# Filling and draining a tile costs about as much as this many steps of its inner dimension.
-LOST_DEPTH = 256
-MEMORY_SHARE = 0.8  # of the printed bandwidth, as copies reach it
-KERNEL_S = 4e-6  # to start a kernel and to let it end
 # Bytes of a backward pass over those of the forward pass in what is bound by memory: a norm reads two and writes one
 # where it read one and wrote one, biases and residual sums read once more.
 BACKWARD_PASSES = 1.75
@@ -37,116 +38,6 @@ ATTENTION_BACKWARD = (
 # A micro-batch's gradient is read in 16 bit, the sum read and written in fp32.
 ACCUMULATE_BYTES = 10
 SUM_BYTES = 8  # of a chunk's share of a weight's gradient: the sum in fp32, read and written
-
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-# Of the eight-bit peak, over what 16-bit products of the same shapes reach of theirs: bare products of an MLP of 2048
-# and 8192 on an H100, 1.46 and 1.59 times bf16's per tensor, 1.36 and 1.07 in blocks (benchmarks/RESULTS.md).  Others
-# were not measured, and are taken for per-tensor ones, whose kernels they share on Blackwell.
-FP8_SHARES: dict[Recipe, float] = {
-    "delayed": 0.76,
-    "current": 0.76,
-    "blockwise": 0.61,
-    "mxfp8": 0.76,
-    "nvfp4": 0.76,
-}
-FP8_BYTES = 2 + 2 * 1  # of a number that is quantised: read in 16 bit, written by rows and by columns
-FP8_WEIGHT_BYTES = 2 + FP8_BYTES  # and its largest magnitude looked for
-
-
-class Phase(NamedTuple):
-    """Seconds of one pass, by kind."""
-
-    gemm_s: float = 0.0
-    attention_s: float = 0.0
-    memory_s: float = 0.0  # norms, activations, dropouts, sums: bound by memory
-    tensor_s: float = 0.0  # collectives of the tensor group
-    expert_s: float = 0.0  # all-to-alls, and collectives of the experts' tensor group
-
-    @property
-    def total_s(self) -> float:
-        return sum(self)
-
-    def plus(self, other: "Phase", times: float = 1.0) -> "Phase":
-        # Written out: a search does this a million times.
-        return Phase(
-            self.gemm_s + times * other.gemm_s,
-            self.attention_s + times * other.attention_s,
-            self.memory_s + times * other.memory_s,
-            self.tensor_s + times * other.tensor_s,
-            self.expert_s + times * other.expert_s,
-        )
-
-    def times(self, factor: float) -> "Phase":
-        return Phase().plus(self, factor)
-
-
-class LayerTime(NamedTuple):
-    """Of one layer, one micro-batch, one rank."""
-
-    forward: Phase = Phase()
-    input_gradient: Phase = Phase()
-    weight_gradient: Phase = Phase()
-    recompute: Phase = Phase()  # before the gradients of inputs
-    tensor_bytes: float = 0.0  # that the rank sends to its tensor group, all passes together
-    expert_bytes: float = 0.0
-
-    def plus(self, other: "LayerTime", times: int = 1) -> "LayerTime":
-        return LayerTime(
-            self.forward.plus(other.forward, times),
-            self.input_gradient.plus(other.input_gradient, times),
-            self.weight_gradient.plus(other.weight_gradient, times),
-            self.recompute.plus(other.recompute, times),
-            self.tensor_bytes + times * other.tensor_bytes,
-            self.expert_bytes + times * other.expert_bytes,
-        )
-
-    def with_tensor_share(self, share: float) -> "LayerTime":
-        """With so much of the tensor group's collectives not hidden."""
-
-        def exposed(phase: Phase) -> Phase:
-            return phase._replace(tensor_s=share * phase.tensor_s)
-
-        return self._replace(
-            forward=exposed(self.forward),
-            input_gradient=exposed(self.input_gradient),
-            recompute=exposed(self.recompute),
-        )
-
-    @property
-    def backward_s(self) -> float:
-        return self.recompute.total_s + self.input_gradient.total_s + self.weight_gradient.total_s
-
-    @property
-    def total_s(self) -> float:
-        return self.forward.total_s + self.backward_s
-
-
-class Gemm(NamedTuple):
-    """``batch`` products of [rows, depth] and [depth, columns]."""
-
-    rows: float
-    columns: float
-    depth: float
-    batch: float = 1
-
-    @property
-    def flops(self) -> float:
-        return 2.0 * self.rows * self.columns * self.depth * self.batch
-
-    def seconds(self, device: Device, peak_flops_per_s: float, bytes_per_value: int) -> float:
-        tiles = self.batch * math.ceil(self.rows / TILE[0]) * math.ceil(self.columns / TILE[1])
-        waves = tiles / device.num_cores
-        depth = self.depth + LOST_DEPTH
-        tile_flops = 2.0 * TILE[0] * TILE[1] * depth * device.num_cores
-        arithmetic_s = (waves + LOST_WAVES) * tile_flops / (peak_flops_per_s * device.gemm_share)
-        values = self.rows * self.depth + self.depth * self.columns + self.rows * self.columns
-        memory_s = self.batch * values * bytes_per_value / (device.memory_bytes_per_s * MEMORY_SHARE)
-        return max(arithmetic_s, memory_s) + KERNEL_S
-
-    def backward(self) -> tuple["Gemm", "Gemm"]:
-        """For the gradients of the left factor (inputs) and of the right one (weights)."""
-        rows, columns, depth, batch = self
-        return Gemm(rows, depth, columns, batch), Gemm(depth, columns, rows, batch)
 
 
 @dataclass(frozen=True)
@@ -257,35 +148,19 @@ class LayerClock:
         return LayerTime(forward=once.times(1 / scenario.num_micro_batches))
 
     def _gemm_s(self, products: list[Gemm]) -> float:
-        device, size = self.cluster.device, self.bytes_per_value
-        peak = device.peak_flops_per_s(self.scenario.dtype)
-        return sum(product.seconds(device, peak, size) for product in products)
-
-    def _fp8_gemm_s(self, products: list[Gemm]) -> float:
-        """Bare, of operands that are eight bits wide; as in 16 where a device has no such products, and by torch, whose
-        steps were no faster (benchmarks/RESULTS.md).
-        """
-        device, fp8 = self.cluster.device, self.scenario.fp8
-        assert fp8 is not None
-        peak = device.fp8_flops_per_s(fp8.recipe) * FP8_SHARES[fp8.recipe]
-        if not peak or fp8.backend == "torch":
-            return self._gemm_s(products)
-        return sum(product.seconds(device, peak, 1) for product in products)
+        return gemm_s(products, self.cluster.device, self.scenario.dtype)
 
     def _linears(self, products: list[Gemm]) -> LayerTime:
         return self._three_products(products, self._gemm_s)
 
     def _fp8_linears(self, products: list[Gemm]) -> LayerTime:
-        """Inputs and gradients are quantised besides, their rows and their columns."""
-        fp8 = self.scenario.fp8
+        """Inputs and gradients are quantised besides."""
+        dtype, fp8 = self.scenario.dtype, self.scenario.fp8
         assert fp8 is not None
-        size = FP8_BYTES + (BYTES[self.scenario.dtype] if fp8.recipe == "current" else 0)
-        inputs, outputs = (
-            sum(product.rows * length for product, length in zip(products, lengths, strict=True))
-            for lengths in ([each.depth for each in products], [each.columns for each in products])
-        )
-        quantising = LayerTime(forward=self._moved(size * inputs), input_gradient=self._moved(size * outputs))
-        return self._three_products(products, self._fp8_gemm_s).plus(quantising)
+        inputs, outputs = quantised_bytes(products, dtype, fp8)
+        quantising = LayerTime(forward=self._moved(inputs), input_gradient=self._moved(outputs))
+        seconds = partial(fp8_gemm_s, device=self.cluster.device, dtype=dtype, fp8=fp8)
+        return self._three_products(products, seconds).plus(quantising)
 
     def _three_products(self, products: list[Gemm], seconds: Callable[[list[Gemm]], float]) -> LayerTime:
         backward = [product.backward() for product in products]

@@ -73,11 +73,16 @@ def as_run(config: RunConfig, scenario: Scenario) -> Run:
     return Run(edited, document, layout, {})
 
 
+def allowed(config: RunConfig, scenario: Scenario) -> Scenario | None:
+    """As a run would be; None where it would be refused."""
+    return None if illegal(config, scenario) is not None else settled(config, scenario)
+
+
 def settled(config: RunConfig, scenario: Scenario) -> Scenario:
     """With torch's FP8 where a run like this would not get Transformer Engine's."""
     if scenario.fp8 is None:
         return scenario
-    fp8, _ = settled_fp8(as_run(config, replace(scenario, fp8=config.fp8)))
+    fp8, _ = settled_fp8(as_run(config, scenario))
     return replace(scenario, fp8=fp8)
 
 

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from launch.hardware import Cluster
-from launch.layer_time import BYTES, LayerTime
 from launch.links import message_s
+from launch.phases import LayerTime
+from launch.product_time import BYTES
 from launch.scenario import Scenario
 from launch.software import Software
 from pretrain.engine.schedules.catalogue import make_schedule

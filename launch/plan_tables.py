@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from launch import advice
-from launch.estimate import fp8_told
 from launch.planner import Candidate, Search, Task, lacks
+from launch.time_tables import fp8_told
 from model_providers.cost import parameters
 
 COLUMNS = {
@@ -49,7 +49,7 @@ def told(asked: Asked, found: Search, *, top: int, tokens: float | None) -> list
         lines += advised(asked.advice, asked.lr)
     lines.append(ranking(found, top=top))
     lines.append(why(best))
-    if fp8_told(step):
+    if step.scenario.fp8 is not None:
         lines.append(fp8_told(step))
     if tokens is not None:
         lines.append(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from launch.fitting import Fit, fits
 from launch.hardware import Cluster
-from launch.legality import illegal, settled
+from launch.legality import allowed, illegal, settled
 from launch.scenario import Scenario, optimizer_of
 from launch.step_time import StepTime, step_time
 from model_providers.activation_memory import RecomputeMode
@@ -205,10 +205,9 @@ def _with_least_savings(task: Task, scenario: Scenario) -> tuple[Scenario | None
     if memory.fits:
         return scenario, memory, tried
     for saving in SAVINGS[1:]:
-        saved = replace(scenario, **saving._asdict())
-        if illegal(task.config, saved) is not None:
+        saved = allowed(task.config, replace(scenario, **saving._asdict()))
+        if saved is None:
             continue
-        saved = settled(task.config, saved)
         tried += 1
         memory = min(memory, fits(saved, task.cluster), key=lambda each: each.total_bytes)
         if memory.fits:

@@ -29,32 +29,34 @@ class Remedy:
 
 
 Edit = Callable[[Scenario], tuple[str, Scenario] | None]
+Judge = Callable[[Scenario], Scenario | None]  # as a run would be, or None where it would be refused
 
 
-def remedies(scenario: Scenario, limit_bytes: float, is_legal: Callable[[Scenario], bool]) -> list[Remedy]:
+def remedies(scenario: Scenario, limit_bytes: float, judged: Judge) -> list[Remedy]:
     """The first few that fit; pairs only where no single edit does."""
-    singles = [found for edit in EDITS if (found := edit(scenario)) is not None and is_legal(found[1])]
-    fitting = [one for one in (_tried((word,), edited) for word, edited in singles) if one is not None]
+    singles = [((found[0],), found[1]) for edit in EDITS if (found := edit(scenario)) is not None]
+    fitting = [one for one in (_tried(*single, judged) for single in singles) if one is not None]
     fitting = [one for one in fitting if one.device_bytes <= limit_bytes]
     if not fitting:
-        fitting = [one for one in _pairs(scenario, is_legal) if one.device_bytes <= limit_bytes]
+        fitting = [one for one in _pairs(scenario, judged) if one.device_bytes <= limit_bytes]
     return fitting[:MOST_TOLD]
 
 
-def _pairs(scenario: Scenario, is_legal: Callable[[Scenario], bool]) -> Iterator[Remedy]:
+def _pairs(scenario: Scenario, judged: Judge) -> Iterator[Remedy]:
     for first, second in combinations(EDITS, 2):
         once = first(scenario)
         twice = None if once is None else second(once[1])
-        if once is None or twice is None or not is_legal(twice[1]):
+        if once is None or twice is None:
             continue
-        found = _tried((once[0], twice[0]), twice[1])
+        found = _tried((once[0], twice[0]), twice[1], judged)
         if found is not None:
             yield found
 
 
-def _tried(words: tuple[str, ...], edited: Scenario) -> Remedy | None:
+def _tried(words: tuple[str, ...], edited: Scenario, judged: Judge) -> Remedy | None:
     try:
-        return Remedy(words, edited, memory(edited).heaviest.device.total)
+        allowed = judged(edited)
+        return None if allowed is None else Remedy(words, allowed, memory(allowed).heaviest.device.total)
     except ModelError:  # a partition that was given for another number of stages
         return None
 

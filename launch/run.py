@@ -121,8 +121,14 @@ def add_fp8_words(own: argparse.ArgumentParser) -> None:
 
 def fp8_words(words: argparse.Namespace) -> list[str]:
     """The flags as the overrides that they stand for."""
-    recipe = [f"fp8.recipe={words.fp8}"] if words.fp8 else []
-    return recipe + ([f"fp8.backend={words.fp8_backend}"] if words.fp8_backend else [])
+    flags = {"fp8": ("recipe", words.fp8), "fp8-backend": ("backend", words.fp8_backend)}
+    for flag, (name, value) in flags.items():
+        twice = [word for word in words.words if word.partition("=")[0] in ("fp8", f"fp8.{name}")]
+        if value and twice:
+            raise RunError(
+                f"--{flag} {value} with {twice[0]}: two words for one thing; leave one of them out"
+            )
+    return [f"fp8.{name}={value}" for name, value in flags.values() if value]
 
 
 def add_host_words(own: argparse.ArgumentParser) -> None:

@@ -12,7 +12,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from launch.hardware import Cluster
-from launch.layer_time import LayerClock, LayerTime, is_timed_by_flops, layer_times
+from launch.layer_time import LayerClock, is_timed_by_flops, layer_times
+from launch.phases import LayerTime
 from launch.scenario import Scenario
 from launch.software import Software
 from model_providers.config import ModelConfig

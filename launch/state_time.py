@@ -3,8 +3,9 @@
 from typing import NamedTuple
 
 from launch.hardware import Cluster
-from launch.layer_time import BYTES, KERNEL_S, MEMORY_SHARE, LayerTime
 from launch.links import Group, group
+from launch.phases import LayerTime
+from launch.product_time import BYTES, KERNEL_S, MEMORY_SHARE
 from launch.scenario import Scenario
 from launch.software import Software
 from launch.stage_time import Stages

@@ -101,16 +101,18 @@ class Scaling:
         num_rows: int | None = None,
     ) -> Sides:
         """``is_shown``: not where a forward pass is no part of training, or is only gathered once more."""
-        recipe = self.facts.recipe
-        if recipe in ("delayed", "current"):
-            sides = self._by_tensor(operand, x, expert, both=both)
-        elif recipe == "nvfp4":
-            sides = self._four_bits(operand, x, expert, both=both)
-        else:
-            sides = self._by_block(operand, x, both=both)
+        sides = self._sides(operand, x, expert, both=both)
         if self.look is not None and is_shown:
             self.look(operand, x[:num_rows], sides.rows.first(num_rows))
         return sides
+
+    def _sides(self, operand: Operand, x: torch.Tensor, expert: int, *, both: bool) -> Sides:
+        recipe = self.facts.recipe
+        if recipe in ("delayed", "current"):
+            return self._by_tensor(operand, x, expert, both=both)
+        if recipe == "nvfp4":
+            return self._four_bits(operand, x, expert, both=both)
+        return self._by_block(operand, x, both=both)
 
     def _by_tensor(self, operand: Operand, x: torch.Tensor, expert: int, *, both: bool) -> Sides:
         form: Format = E5M2 if operand == "gradient" else E4M3

@@ -38,15 +38,6 @@ class SimulatedScaling(Scaling):
         super().__init__(Fp8Config(recipe="current"), group, cut=cut)
         self._bits = {"exponent_bits": exponent_bits, "mantissa_bits": mantissa_bits}
 
-    def _quantise(
-        self,
-        operand: Operand,
-        x: torch.Tensor,
-        *,
-        both: bool,
-        is_shown: bool = True,
-        expert: int = 0,
-        num_rows: int | None = None,
-    ) -> Sides:
+    def _sides(self, operand: Operand, x: torch.Tensor, expert: int, *, both: bool) -> Sides:
         rows = Quantised(rounded(x, **self._bits), x.new_ones((), dtype=torch.float32))
         return Sides(rows, rows.transposed() if both else None)

@@ -133,6 +133,10 @@ def test_a_signal_ends_the_run_in_order(run_file: Path, tmp_path: Path, number: 
         (["nonsense"], "overrides are written key=value"),
         (["--ranks", "0"], "0: give 1 or more"),
         (["layout.tp=true"], "layout.tp=True: must be a number"),
+        (
+            ["--fp8", "current", "fp8.recipe=blockwise"],
+            "--fp8 current with fp8.recipe=blockwise: two words for one thing",
+        ),
         (["data.sequence_length=100000"], "one sample of sequence_length=100000 needs 100001"),
         (["data.validation.prose=CUT"], "corpus=CUT: the data file has 100 bytes"),
     ],

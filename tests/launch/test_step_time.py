@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from launch import software
-from launch.estimate import fp8_told
 from launch.hardware import CLUSTERS
 from launch.scenario import Scenario
 from launch.software import Software
 from launch.step_time import StepTime, step_time
+from launch.time_tables import fp8_told
 from model_providers.config import ModelConfig
 from model_providers.cost import train_flops_per_token
 from model_providers.fp8.config import Fp8Config, Recipe
@@ -246,7 +246,8 @@ def test_weights_are_quantised_in_every_pass_where_no_copy_stays() -> None:
 @pytest.mark.parametrize(
     ("preset", "device", "words"),
     [
-        ("llama3-8b", "h100", ""),
+        ("llama3-8b", "h100", "as fast as Transformer Engine's products"),
+        ("mixtral-8x7b", "h100", "as fast as Transformer Engine's products; routed experts as they are"),
         ("llama3-8b", "a100", "A100-80GB has no such products; emulated they save no time"),
         ("t5-3b", "h100", "not in these seconds, which are those of bf16"),
         ("gpt3-175b", "h100", "by torch's products in such a run, counted without a gain"),
@@ -255,7 +256,8 @@ def test_weights_are_quantised_in_every_pass_where_no_copy_stays() -> None:
 def test_where_fp8_saves_no_time_is_told(preset: str, device: str, words: str) -> None:
     fp8 = Fp8Config(recipe="current", backend="torch" if "by torch" in words else "auto")
     told = fp8_told(step_time(Scenario(get_preset(preset), Layout(), 512, fp8=fp8), CLUSTERS[device]))
-    assert told.startswith(f"fp8.recipe=current: {words}") if words else not told
+    assert told.startswith(f"fp8.recipe=current: {words}")
+    assert not fp8_told(step_time(Scenario(get_preset(preset), Layout(), 512), CLUSTERS[device]))
 
 
 def test_routed_experts_are_timed_in_sixteen_bits() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pretrain.parity import Tensors, Trace
+from pretrain.parity import Tensors
 from tests.conftest import OneProcess
 from tests.parity.record import record_raw
 from tests.parity.test_layouts import assert_same
@@ -19,6 +19,9 @@ from tests.runs import tiny
 from tests.thorough import rare
 
 STEPS = 4
+MOE = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 32, "shared_ffn_hidden_size": 32, "aux_loss": 0.01}
+EXPERT_TENSOR = {"layout": {"tp": 2, "sequence_parallel": True, "etp": 2}}
+SHARED_OUT = {"layout": {"tp": 2, "sequence_parallel": True, "ep": 2, "etp": 1}}
 TP = {"layout": {"tp": 2}}
 TP_SP = {"layout": {"tp": 2, "sequence_parallel": True}}
 PP = {"layout": {"pp": 2}, "deepspeed": "pipeline.json"}
@@ -26,6 +29,12 @@ ZB_V = {"layout": {"pp": 2, "schedule": "zb-v", "chunks": 2}, "deepspeed": "pipe
 DP = {"deepspeed": "zero1.json"}
 ZERO_3 = {"deepspeed": "zero3.json"}
 FULL = {"recompute": "full", "deepspeed": "zero2.json"}
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "experts": {"model__moe": MOE},
+    "latent": {"model__preset": "tiny-deepseek", "model__num_layers": 4, "model__qk_norm": False},
+}
+MOE_ACT = {"recompute": {"mode": "selective", "modules": ["moe_act"]}, "deepspeed": "zero2.json"}
 EDGE = 5e-5  # relative; measured 4e-5 in norms, after an embedding's gradient was summed in another order
 
 
@@ -35,116 +44,77 @@ def of(recipe: str, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.ranks
+@rare("experts-nvfp4-pp2-recompute", "latent-blockwise-pp2", "latent-delayed-zero3")
 @pytest.mark.parametrize(
-    "recipe, layout",
+    "model, recipe, layout",
     [
-        pytest.param("delayed", ZB_V, id="delayed-zb-v"),
-        pytest.param("delayed", FULL, id="delayed-zero2-recompute"),
-        pytest.param("delayed", ZERO_3, id="delayed-zero3"),
-        pytest.param("current", PP, id="current-pp2"),
-        pytest.param("blockwise", DP, id="blockwise-dp2"),
-        pytest.param("blockwise", ZB_V, id="blockwise-zb-v"),
-        pytest.param("mxfp8", {**PP, "recompute": "full"}, id="mxfp8-pp2-recompute"),
-        pytest.param("nvfp4", PP, id="nvfp4-pp2"),
-        pytest.param("nvfp4", ZERO_3, id="nvfp4-zero3"),
+        pytest.param("dense", "delayed", ZB_V, id="delayed-zb-v"),
+        pytest.param("dense", "delayed", FULL, id="delayed-zero2-recompute"),
+        pytest.param("dense", "delayed", ZERO_3, id="delayed-zero3"),
+        pytest.param("dense", "current", PP, id="current-pp2"),
+        pytest.param("dense", "blockwise", DP, id="blockwise-dp2"),
+        pytest.param("dense", "blockwise", ZB_V, id="blockwise-zb-v"),
+        pytest.param("dense", "mxfp8", {**PP, "recompute": "full"}, id="mxfp8-pp2-recompute"),
+        pytest.param("dense", "nvfp4", PP, id="nvfp4-pp2"),
+        pytest.param("dense", "nvfp4", ZERO_3, id="nvfp4-zero3"),
+        pytest.param("experts", "delayed", ZB_V, id="experts-delayed-zb-v"),
+        pytest.param("experts", "nvfp4", {**PP, "recompute": "full"}, id="experts-nvfp4-pp2-recompute"),
+        pytest.param("experts", "current", MOE_ACT, id="experts-current-zero2-selective"),
+        pytest.param("latent", "blockwise", PP, id="latent-blockwise-pp2"),
+        pytest.param("latent", "delayed", ZERO_3, id="latent-delayed-zero3"),
     ],
 )
 def test_fp8_computes_what_one_process_does(
-    ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, recipe: str, layout: dict[str, Any]
+    ranks: RankPool,
+    corpus: str,
+    one_process: OneProcess,
+    out: Path,
+    model: str,
+    recipe: str,
+    layout: dict[str, Any],
 ) -> None:
-    trace = ranks.run(record_raw, 2, tiny(corpus, out, **layout, fp8=of(recipe)), STEPS)[0]
-    assert_same(trace, one_process(STEPS, fp8=of(recipe)), EDGE)
+    changes = {**MODELS[model], "fp8": of(recipe)}
+    trace = ranks.run(record_raw, 2, tiny(corpus, out, **layout, **changes), STEPS)[0]
+    assert_same(trace, one_process(STEPS, **changes), EDGE)
+
+
+# Of which no tensor's largest number lies at a power of two: there the order of sums decides over all of its roundings.
+OFF_EDGES = {"train__seed": 1}
 
 
 @pytest.mark.ranks
+@rare("experts-current-tp2-ep2")
 @pytest.mark.parametrize(
-    "recipe, layout",
+    "model, recipe, layout",
     [
-        pytest.param("delayed", TP_SP, id="delayed-tp2+sp"),
-        pytest.param("current", TP, id="current-tp2"),
-        pytest.param("current", TP_SP, id="current-tp2+sp"),
+        pytest.param({}, "delayed", TP_SP, id="delayed-tp2+sp"),
+        pytest.param({}, "current", TP, id="current-tp2"),
+        pytest.param({}, "current", TP_SP, id="current-tp2+sp"),
+        pytest.param(MODELS["experts"] | OFF_EDGES, "delayed", EXPERT_TENSOR, id="experts-delayed-etp2"),
+        pytest.param(MODELS["experts"] | OFF_EDGES, "current", SHARED_OUT, id="experts-current-tp2-ep2"),
+        pytest.param(MODELS["latent"] | OFF_EDGES, "current", TP_SP, id="latent-current-tp2+sp"),
     ],
 )
 def test_tensor_ranks_round_as_one_process_does(
-    ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, recipe: str, layout: dict[str, Any]
+    ranks: RankPool,
+    corpus: str,
+    one_process: OneProcess,
+    out: Path,
+    model: dict[str, Any],
+    recipe: str,
+    layout: dict[str, Any],
 ) -> None:
     """Nearer to it by far than another recipe of as many bits is.
 
     In fp64, where nothing is moved, and for all recipes: tests/model_providers/fp8/test_tensor_parallel.py.
     """
-    trace = ranks.run(record_raw, 2, tiny(corpus, out, **layout, fp8=of(recipe)), STEPS)[0]
-    reference = one_process(STEPS, fp8=of(recipe))
-    assert_near(trace, reference, one_process(STEPS, fp8=of("mxfp8")))
-
-
-def assert_near(trace: Trace, reference: Trace, other: Trace) -> None:
+    trace = ranks.run(record_raw, 2, tiny(corpus, out, **layout, **model, fp8=of(recipe)), STEPS)[0]
+    reference, other = (one_process(STEPS, **model, fp8=of(each)) for each in (recipe, "mxfp8"))
     noise = apart(other.gradients, reference.gradients)
     assert noise > 1e-3, "recipes differ"
     assert apart(trace.gradients, reference.gradients) < noise / 10
     assert trace.losses[0] == pytest.approx(reference.losses[0], rel=1e-5)
     assert trace.losses == pytest.approx(reference.losses, rel=2e-3)
-
-
-MOE = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 32, "shared_ffn_hidden_size": 32, "aux_loss": 0.01}
-LATENT = {"model__preset": "tiny-deepseek", "model__num_layers": 4, "model__qk_norm": False}
-EXPERT_TENSOR = {"layout": {"tp": 2, "sequence_parallel": True, "etp": 2}}
-SHARED_OUT = {"layout": {"tp": 2, "sequence_parallel": True, "ep": 2, "etp": 1}}
-
-
-@pytest.mark.ranks
-@rare("nvfp4-pp2-recompute", "latent-blockwise-pp2", "latent-delayed-zero3")
-@pytest.mark.parametrize(
-    "recipe, model, layout",
-    [
-        pytest.param("delayed", {"model__moe": MOE}, ZB_V, id="delayed-zb-v"),
-        pytest.param("nvfp4", {"model__moe": MOE}, {**PP, "recompute": "full"}, id="nvfp4-pp2-recompute"),
-        pytest.param("blockwise", LATENT, PP, id="latent-blockwise-pp2"),
-        pytest.param(
-            "current",
-            {"model__moe": MOE},
-            {"recompute": {"mode": "selective", "modules": ["moe_act"]}, "deepspeed": "zero2.json"},
-            id="current-zero2-selective",
-        ),
-        pytest.param("delayed", LATENT, ZERO_3, id="latent-delayed-zero3"),
-    ],
-)
-def test_experts_in_fp8_compute_what_one_process_does(
-    ranks: RankPool,
-    corpus: str,
-    one_process: OneProcess,
-    out: Path,
-    recipe: str,
-    model: dict[str, Any],
-    layout: dict[str, Any],
-) -> None:
-    changes = {**model, "fp8": of(recipe)}
-    trace = ranks.run(record_raw, 2, tiny(corpus, out, **layout, **changes), STEPS)[0]
-    assert_same(trace, one_process(STEPS, **changes), EDGE)
-
-
-@pytest.mark.ranks
-@rare("current-tp2-ep2")
-@pytest.mark.parametrize(
-    "recipe, model, layout",
-    [
-        pytest.param("delayed", {"model__moe": MOE}, EXPERT_TENSOR, id="delayed-etp2"),
-        pytest.param("current", {"model__moe": MOE}, SHARED_OUT, id="current-tp2-ep2"),
-        pytest.param("current", LATENT, TP_SP, id="latent-current-tp2+sp"),
-    ],
-)
-def test_tensor_ranks_of_experts_round_as_one_process_does(
-    ranks: RankPool,
-    corpus: str,
-    one_process: OneProcess,
-    out: Path,
-    recipe: str,
-    model: dict[str, Any],
-    layout: dict[str, Any],
-) -> None:
-    """With a seed of which no tensor's largest number lies at a power of two: there the order of sums decides."""
-    changes = {**model, "train__seed": 1}
-    trace = ranks.run(record_raw, 2, tiny(corpus, out, **layout, **changes, fp8=of(recipe)), STEPS)[0]
-    assert_near(trace, *(one_process(STEPS, **changes, fp8=of(each)) for each in (recipe, "mxfp8")))
 
 
 @pytest.mark.ranks
