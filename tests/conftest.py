@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests import costs
+from tests.patience import DEFAULT_LIMIT_S, patient_s
 from tests.ranks import CPU_ONLY_ENVIRONMENT, RankPool
 from tests.runs import make_corpus, tiny
 from tests.thorough import mark_rare
@@ -28,10 +30,22 @@ LONGEST = ("test_readme", "test_run_on_nodes", "test_run", "test_k8s")
 RUNNING = pytest.StashKey[dict[str, "subprocess.Popen[bytes]"]]()
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-timeout reads it
+def pytest_configure(config: pytest.Config) -> None:
+    """A test that states no limit of its own gets one for this machine."""
+    if config.option.timeout is None:
+        config.option.timeout = patient_s(DEFAULT_LIMIT_S)
+    config.pluginmanager.register(costs.Meter(config))
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests that need compiled kernels come last, and of these first those that take minutes each."""
     mark_rare(items, all_collected=not any("::" in word for word in config.args))
+    for item in items:
+        limit = item.get_closest_marker("timeout")
+        if limit is not None:
+            item.add_marker(pytest.mark.timeout(patient_s(*limit.args), **limit.kwargs), append=False)
     with_ranks = {item.path for item in items if is_marked(item, "ranks")}
 
     def place(item: pytest.Item) -> list[Any]:

@@ -23,6 +23,9 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from tests import costs
+from tests.patience import patient_s
+
 SIZE = 4
 STACKS_SIGNAL = signal.SIGUSR2
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -51,7 +54,10 @@ class RankPool:
         self._context.set_forkserver_preload(["tests.ranks_image"])
 
     def run(self, task: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 100) -> list[Any]:
-        """Call ``task(*args)`` on ``world_size`` ranks and return their results in rank order."""
+        """Call ``task(*args)`` on ``world_size`` ranks and return their results in rank order.
+
+        ``timeout_s``: on the reference machine (`tests/patience.py`).
+        """
         assert 1 <= world_size <= self.size, f"world_size={world_size}: the pool has {self.size} ranks"
         ranks: list[tuple[Any, Connection]] = []
         with tempfile.TemporaryDirectory(prefix="megaloom-ranks-") as folder:
@@ -59,7 +65,7 @@ class RankPool:
             try:
                 for rank in range(world_size):
                     ranks.append(self._start(task, args, rank, world_size, store))
-                return _collect(ranks, timeout_s)
+                return _collect(ranks, patient_s(timeout_s))
             finally:
                 _end(ranks)
 
@@ -104,6 +110,7 @@ def _collect(ranks: list[tuple[Any, Connection]], timeout_s: float) -> list[Any]
 def _end(ranks: list[tuple[Any, Connection]]) -> None:
     """The processes that this task started, and no others."""
     for process, pipe in ranks:
+        costs.add_rank(process.pid)
         pipe.close()
         with contextlib.suppress(ProcessLookupError):  # a rank leads a group with what it started
             os.killpg(process.pid, signal.SIGKILL)

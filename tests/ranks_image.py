@@ -26,6 +26,7 @@ OFTEN_USED = (
 )
 # Which libraries import no sooner than a run needs them.
 LATE = (
+    "torch._dynamo",
     "deepspeed.comm.mori",
     "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.runtime.superoffload.superoffload_stage3",

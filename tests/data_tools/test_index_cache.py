@@ -97,15 +97,14 @@ def test_a_promised_file_is_waited_for(tmp_path: Path) -> None:
     writer.join()
 
 
+@pytest.mark.timeout(60)
 def test_a_promise_that_is_not_kept_ends_in_building(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.ERROR)
     cache = IndexCache(tmp_path)
     cache.promise("never", patience_s=0.1)
-    started_s = time.monotonic()
     assert same(cache.get("never", build), ARRAYS)
-    assert time.monotonic() - started_s < 5
 
 
 def test_many_processes_may_build_at_once(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from data_tools.prepare import Recipe, prepare
 from tests.data_tools.making import REPOSITORY, words, write_jsonl
+from tests.patience import patient_s
 
 # Small blocks, so that there is an early first one to wait for; the corpus does not depend on their size.
 PROGRAM = """
@@ -51,7 +52,7 @@ def test_an_interrupted_run_leaves_nothing_finished_and_no_workers_and_can_be_re
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     else:
         process.send_signal(getattr(signal, how.split()[0]))
-    errors = process.communicate(timeout=DEADLINE_S)[1].decode()
+    errors = process.communicate(timeout=patient_s(DEADLINE_S))[1].decode()
     assert not [path.name for path in tmp_path.iterdir() if path.name != "c.partial"]
     _wait_for(lambda: not list(_processes_marked(mark)))
     if how != "SIGKILL":
@@ -78,7 +79,7 @@ def _start(arguments: list[str], mark: str) -> "subprocess.Popen[bytes]":
 
 
 def _wait_for(condition: Callable[[], object]) -> None:
-    deadline_s = time.monotonic() + DEADLINE_S
+    deadline_s = time.monotonic() + patient_s(DEADLINE_S)
     while not condition():
         assert time.monotonic() < deadline_s, "waited in vain"
         time.sleep(0.02)

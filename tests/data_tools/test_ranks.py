@@ -9,6 +9,7 @@ from typing import Literal
 import pytest
 
 from data_tools.ranks import ALONE, PROBE_NAME, Ranks, is_builder
+from tests.patience import patient_s
 
 
 def run_ranks(num_nodes: int, per_node: int, task: Callable[[int, Ranks], object]) -> list[object]:
@@ -19,9 +20,9 @@ def run_ranks(num_nodes: int, per_node: int, task: Callable[[int, Ranks], object
 
     def all_true(flag: bool) -> bool:
         votes.append(flag)
-        barrier.wait(timeout=20)
+        barrier.wait(timeout=patient_s(20))
         result = all(votes[-world:])
-        barrier.wait(timeout=20)
+        barrier.wait(timeout=patient_s(20))
         return result
 
     def rank(number: int) -> object:

@@ -87,22 +87,20 @@ def test_ctrl_c_says_that_nothing_was_written(
     assert "interrupted: t.json was not written" in capsys.readouterr().err
 
 
+@pytest.mark.timeout(60)
 def test_work_in_native_code_can_be_interrupted() -> None:
     threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-    started_s = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        interruptible(lambda: time.sleep(10))
-    assert time.monotonic() - started_s < 5
+        interruptible(lambda: time.sleep(1000))
     assert interruptible(lambda: 3) == 3
     with pytest.raises(DataError, match="is below 257"):
         interruptible(lambda: train_tokenizer(["a"], vocab_size=1))
 
 
+@pytest.mark.timeout(60)
 def test_a_run_of_a_million_letters_does_not_stall_training() -> None:
     text = "a" * 1_000_000 + "\n" + " " * 1_000_000
-    started_s = time.monotonic()
     assert train_tokenizer([text, words(1)], vocab_size=290).get_vocab_size() > 257
-    assert time.monotonic() - started_s < 20
 
 
 def _run(*words: str) -> None:

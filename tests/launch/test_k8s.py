@@ -13,6 +13,7 @@ import yaml
 from launch.__main__ import main
 from launch.backends import free_port
 from launch.k8s import STOPPED, name_of
+from tests.patience import patient_s
 from tests.runs import tiny
 
 GIVEN = ("--nodes", "2", "--ranks-per-node", "1", "--image", "reg/megaloom:1", "--claim", "data")
@@ -115,7 +116,7 @@ def test_two_pods_train_stop_when_one_is_drained_and_go_on(run_file: Path, tmp_p
         while all(pod.poll() is None for pod in pods) and not (metrics.exists() and metrics.read_text()):
             time.sleep(0.2)
         drain(container(documents), pods[1], tmp_path)
-        outputs = [pod.communicate(timeout=120)[0] for pod in pods]
+        outputs = [pod.communicate(timeout=patient_s(120))[0] for pod in pods]
     finally:
         for pod in pods:
             pod.kill()

@@ -12,6 +12,7 @@ import yaml
 
 from launch import slurm
 from launch.__main__ import main
+from tests.patience import patient_s
 from tests.runs import tiny
 
 # One task after the other gets Slurm's variables and runs beside the others; a signal to srun goes to all.
@@ -142,7 +143,7 @@ def test_the_script_trains_saves_when_asked_and_asks_for_the_queue_again(
         while started.poll() is None and not (metrics.exists() and metrics.read_text()):
             time.sleep(0.2)
         _signal_srun(started.pid)
-        output = started.communicate(timeout=120)[0]
+        output = started.communicate(timeout=patient_s(120))[0]
     finally:
         started.kill()
     assert started.returncode == 0, output

@@ -19,6 +19,7 @@ from launch.tune_nvme import aio_section, as_table, file_system
 from pretrain.ds_schema import ACCEPTED, key_faults
 from pretrain.engine.preflight import libaio_is_there
 from pretrain.errors import RunError
+from tests.patience import patient_s
 
 SLOW = Setting(1 << 20, 8, 1, False, True)
 FAST = Setting(8 << 20, 32, 4, True, False)
@@ -133,11 +134,11 @@ def test_a_stopped_tuning_leaves_nothing(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    until_s = time.monotonic() + 30
+    until_s = time.monotonic() + patient_s(30)
     while not list(tmp_path.iterdir()) and process.poll() is None and time.monotonic() < until_s:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    process.wait(timeout=30)
+    process.wait(timeout=patient_s(30))
     assert not list(tmp_path.iterdir())
 
 

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+from tests.patience import patient_s
+
 TORCH_FREE = (
     "config",
     "presets",
@@ -20,4 +22,4 @@ TORCH_FREE = (
 def test_planning_modules_import_without_torch() -> None:
     imports = ", ".join(f"model_providers.{name}" for name in TORCH_FREE)
     program = f"import sys; sys.modules['torch'] = sys.modules['megatron'] = None; import {imports}"
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=patient_s(60))

@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from tests.patience import patient_s
+
 NEEDED = {
     "ip": "iproute2",
     "sshd": "openssh-server",
@@ -282,7 +284,7 @@ class Network:
             _ip("-n", space, "link", "set", "eth0", "up")
 
     def _wait_for(self, name: str) -> None:
-        deadline_s = time.monotonic() + 20
+        deadline_s = time.monotonic() + patient_s(20)
         probe = "import socket,sys; socket.create_connection((sys.argv[1], 22), 1).close()"
         while time.monotonic() < deadline_s:
             words = [*self._inside(LOGIN), sys.executable, "-S", "-c", probe, self.address(name)]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.nodes.network import Network, made, obstacle
+from tests.patience import patient_s
 
 pytestmark = pytest.mark.skipif(obstacle() is not None, reason=f"{obstacle()}")
 
@@ -33,7 +34,7 @@ def doctor(network: Network, *words: str) -> tuple[int, dict[str, Any]]:
         *words,
     ]
     started = network.start(command)
-    out, err = started.communicate(timeout=200)
+    out, err = started.communicate(timeout=patient_s(200))
     assert out, err
     return started.returncode, json.loads(out)
 
@@ -76,12 +77,12 @@ from launch.doctor import shared_folder
 for finding in shared_folder(Path({str(shared / "run")!r}), ["node1", "node2"]):
     print(finding.level, finding.host, finding.said)
 """
-    told = network.start([sys.executable, "-c", code]).communicate(timeout=60)
+    told = network.start([sys.executable, "-c", code]).communicate(timeout=patient_s(60))
     assert told[0].splitlines() == [f"ok {name} all see {shared / 'run'}" for name in ("node1", "node2")], (
         told
     )
     network.restart_sshd("node2", hide={str(shared): other})
-    told = network.start([sys.executable, "-c", code]).communicate(timeout=60)
+    told = network.start([sys.executable, "-c", code]).communicate(timeout=patient_s(60))
     network.restart_sshd("node2")
     assert told[0] == f"broken node2 does not see what node1 writes to {shared / 'run'}\n", told
     assert not list(shared.iterdir()), "nothing is left"

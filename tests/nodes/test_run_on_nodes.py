@@ -17,6 +17,7 @@ import yaml
 
 from tests.nodes.network import Network, made, obstacle
 from tests.parity.record import record_raw
+from tests.patience import patient_s
 from tests.ranks import RankPool
 from tests.runs import tiny
 
@@ -67,7 +68,7 @@ class Launch:
             raise AssertionError(f"still at work:\n{self.output}") from None
 
     def until(self, what: Callable[[], object]) -> None:
-        deadline_s = time.monotonic() + WAIT_S
+        deadline_s = time.monotonic() + patient_s(WAIT_S)
         while not what():
             assert self.process.poll() is None and time.monotonic() < deadline_s, self.output
             time.sleep(0.1)
@@ -198,7 +199,7 @@ def test_nothing_is_left_on_any_host_when_the_run_is_killed_outright(
     launch.until(lambda: launch.steps() > 3)
     os.kill(launch.process.pid, signal.SIGKILL)
     launch.process.wait()
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + patient_s(60)
     while any(network.processes(name) for name in network.names):
         assert time.monotonic() < deadline_s, "ranks go on without their launcher"
         time.sleep(0.2)
