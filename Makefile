@@ -7,14 +7,20 @@ GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ')
 # Two tests at a time: most wait for processes to start or to talk, and two cores do both.
 # tests/conftest.py has the order.
 SIDE_BY_SIDE ?= -n 2 --dist loadfile --no-loadscope-reorder
+# What `make check` tests: the architecture, rules of runs and of JSONs, schedules, configurations.
+CHECKS := tests/architecture tests/pretrain/schedules $(wildcard tests/pretrain/test_*rules.py) \
+    $(addprefix tests/pretrain/test_,config_io.py ds_config.py optim.py run_files.py) \
+    $(addprefix tests/model_providers/test_,config.py layout.py options.py partition.py presets.py) \
+    tests/data_tools/test_config.py tests/parity/test_covering.py tests/test_changed.py tests/test_traps.py
+SINCE ?= HEAD
 RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 
-.PHONY: help install demo demo-corpus demo-moe demo-bert demo-t5 test test-all check format bench clean
+.PHONY: help install demo demo-corpus demo-moe demo-bert demo-t5 test test-all test-changed check format bench clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # two goals may want one environment
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
 install: $(VENV)/.installed  ## the environment alone
 
@@ -72,13 +78,18 @@ test: $(VENV)/.installed-dev  ## everything that CI runs
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -m 'not thorough' $(SIDE_BY_SIDE)
 
-test-all: $(VENV)/.installed-dev  ## the same, and combinations that others nearly imply
+test-all: $(VENV)/.installed-dev  ## the same, and the full product of features in place of pairs
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
-check: $(VENV)/.installed-dev  ## format, lint, types, import contract, tests that start no ranks
+test-changed: $(VENV)/.installed-dev  ## of `make test`, what the files changed since SINCE can break, the nearest first
+	@files=$$($(BIN)/python -m tests.changed --since $(SINCE)); \
+	if [ -n "$$files" ]; then $(BIN)/python -m pytest -m 'not thorough' $(SIDE_BY_SIDE) $$files; \
+	else echo "no test depends on what changed since $(SINCE)"; fi
+
+check: $(VENV)/.installed-dev  ## in a minute: format, lint, types, imports, rules, schedules; no ranks
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -m 'not ranks' $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest -m 'not ranks and not thorough' $(SIDE_BY_SIDE) $(CHECKS)
 
 format: $(VENV)/.installed-dev  ## put the code into shape
 	$(BIN)/ruff format .
