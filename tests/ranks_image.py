@@ -9,6 +9,7 @@ import gc
 import importlib
 import os
 import warnings
+from functools import lru_cache
 
 from tests.ranks import CPU_ONLY_ENVIRONMENT
 
@@ -48,6 +49,7 @@ for name in LATE:
     with contextlib.suppress(ImportError):  # another version has other names
         importlib.import_module(name)
 
+import cpuinfo  # noqa: E402
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
 
@@ -55,6 +57,8 @@ from tests.compile import kernels  # noqa: E402
 
 _ = deepspeed.ops.__compatible_ops__  # every process would ask the compiler anew
 
+# DeepSpeed's kernels ask it in every process, for two seconds.
+cpuinfo.get_cpu_info = lru_cache(cpuinfo.get_cpu_info)
 torch.set_num_threads(1)
 kernels()
 num_threads = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 1
