@@ -99,6 +99,28 @@ def relative_positions_keep_their_attention(run: "Run") -> str | None:
     return None
 
 
+def shared_weights_are_reduced_once(run: "Run") -> str | None:
+    """Each recomputed layer has a backward pass of its own, which brings its own gradient of a shared weight.
+
+    Where ZeRO shards gradients it has reduced the first by then, and stops at the second (deepspeed/runtime/zero,
+    stage_1_and_2.py and stage3.py: "Gradient computed twice for this partition").
+    """
+    model = run.config.model
+    if run.config.recompute.mode != "full" or run.zero_stage < 2:
+        return None
+    if model.mtp is not None:
+        shared = f"model.mtp.depth={model.mtp.depth}, whose layers share the embedding"
+    elif model.position_embedding == "relative":
+        shared = "model.position_embedding=relative, whose layers share a table"
+    else:
+        return None
+    return (
+        f"recompute.mode=full with zero_optimization.stage={run.zero_stage} and {shared}: DeepSpeed reduces the "
+        "gradient of a shared weight once, and full recompute brings it layer by layer; use stage 1, or "
+        "recompute.mode=selective"
+    )
+
+
 def told(modules: tuple[str, ...]) -> str:
     """As a user writes them."""
     return f"[{','.join(modules)}]"
@@ -111,4 +133,5 @@ RECOMPUTE_RULES: tuple[Rule, ...] = (
     what_is_forgotten_does_not_wait,
     words_of_recompute_are_heard,
     relative_positions_keep_their_attention,
+    shared_weights_are_reduced_once,
 )

@@ -617,6 +617,20 @@ CASES: tuple[tuple[str, int, dict[str, Any], dict[str, Any] | None, str], ...] =
         r"recompute\.modules=\[moe,moe_act\]: .*leave out moe_act, or moe",
     ),
     (
+        "shared_weights_are_reduced_once",
+        2,
+        {**T5, "recompute": "full", "deepspeed": "zero2.json"},
+        None,
+        r"recompute\.mode=full with zero_optimization\.stage=2 and model\.position_embedding=relative.*use stage 1, or",
+    ),
+    (
+        "shared_weights_are_reduced_once",
+        2,
+        {"model__mtp": {"depth": 1}, "recompute": "full", "deepspeed": "zero3.json"},
+        None,
+        r"recompute\.mode=full with zero_optimization\.stage=3 and model\.mtp\.depth=1.*use stage 1, or",
+    ),
+    (
         "relative_positions_keep_their_attention",
         1,
         {**T5, "recompute": "selective"},
