@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import ParamSpec, TypeVar
+from unittest.mock import patch
 
 import torch
 
@@ -36,16 +37,6 @@ def compile_later(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @contextlib.contextmanager
-def compiling_later() -> Iterator[None]:
-    """`unittest.mock.patch` does the same, but imports asyncio: 0.1 s in every rank."""
-    torch.compile = compile_later  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.compile = _compile
-
-
-@contextlib.contextmanager
 def hidden(name: str) -> Iterator[None]:
     """A module that is not imported yet is not found meanwhile."""
     if name in sys.modules:
@@ -63,7 +54,7 @@ TENSORBOARD = "torch.utils.tensorboard"  # megatron-core's timers take it if it 
 # The first keeps what it finds, for all of megatron-core that comes after it.
 DECORATING = ("megatron.core.jit", "deepspeed.runtime.zero.muon.original_muon")
 
-with compiling_later(), hidden(TENSORBOARD):
+with patch.object(torch, "compile", compile_later), hidden(TENSORBOARD):
     for name in DECORATING:
         with contextlib.suppress(ImportError):  # another version has other names
             importlib.import_module(name)

@@ -28,6 +28,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import deepspeed
 import psutil
@@ -115,11 +116,8 @@ def finished_kernels_first() -> Iterator[None]:
         mark_finished(name, Path(f"{module.__file__}").name)
         return module
 
-    cpp_extension.load = load
-    try:
+    with patch.object(cpp_extension, "load", load):
         yield
-    finally:
-        cpp_extension.load = compile_and_load
 
 
 def finished_library(kernel: str) -> Path | None:
