@@ -4,8 +4,8 @@
 
 The first table has the imports: a library's own import is the floor that a run cannot go below.  The second table
 follows one `megaloom run` of a tiny model: an observer outside reads /proc and waits on pidfds, so it costs the run
-next to nothing.  DeepSpeed's launcher sleeps for up to 1 s after its last rank ended (deepspeed/launcher/launch.py,
-`time.sleep(1)`); that part is DeepSpeed's and has a row of its own.
+next to nothing.  DeepSpeed's launcher would sleep for 1 to 2 s after the last rank ended (deepspeed/launcher/launch.py,
+`time.sleep(1)`); on one machine we end it when all ranks have reported success, and its part has a row of its own.
 """
 
 import argparse
@@ -32,6 +32,9 @@ from data_tools.prepare import Recipe, prepare
 ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 LIBRARIES = "import torch, deepspeed; from megatron.core import parallel_state; "
 LIBRARIES += "from megatron.core.transformer import transformer_layer"
+ONE_HOST = (
+    "from launch import node; node.stand_in(node._deepspeed_folder()); import deepspeed.launcher.launch"
+)
 IMPORTS = {
     "python alone": "pass",
     "torch": "import torch",
@@ -39,7 +42,7 @@ IMPORTS = {
     "torch, DeepSpeed and megatron-core": LIBRARIES,
     "all that a rank imports (pretrain.run)": "import model_providers.late_compile, pretrain.run",
     "DeepSpeed's launcher, as DeepSpeed imports it": "import deepspeed.launcher.launch",
-    "DeepSpeed's launcher, as a run imports it": "import launch.node",
+    "DeepSpeed's launcher, as a run imports it": ONE_HOST,
     "our launcher (launch.run)": "import launch.run",
 }
 COMMANDS = {"megaloom --help": ["--help"], "megaloom run --dry-run": ["run", "RUN", "--dry-run"]}
