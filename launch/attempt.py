@@ -100,6 +100,8 @@ class Attempt:
         while True:
             self._hear_one(LISTEN_S)
             self._look_at_launchers()
+            if not self._hosts and self._watch.all_succeeded and not self._watch.has_failed:
+                return  # DeepSpeed's launcher would sleep for another second or two (launch.py, time.sleep)
             if self._signals > 1 or (self._watch.has_failed and self._watch.failed_for_s > LAST_WORDS_S):
                 return
             if all(process.poll() is not None for process in self._processes):

@@ -151,7 +151,7 @@ def _by_ssh(job: Job, number: int) -> Start:
 def _node_launcher(job: Job, world: Mapping[str, list[int]], number: int, *, log_level: str) -> list[str]:
     """What starts the ranks of one host: ``world`` has the slots of all, in order."""
     return [
-        *(sys.executable, "-u", "-m", "deepspeed.launcher.launch", "--log_level", log_level),
+        *(sys.executable, "-u", "-m", "launch.node", "deepspeed.launcher.launch", "--log_level", log_level),
         f"--world_info={base64.urlsafe_b64encode(json.dumps(world).encode()).decode()}",
         f"--node_rank={number}",
         *(f"--master_addr={job.address}", f"--master_port={job.port}"),

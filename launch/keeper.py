@@ -107,6 +107,7 @@ class Keeper:
             start_new_session=True,
             preexec_fn=_die_with_parent,
         )
+        self._end_file = _pidfd(self._process.pid)
         self._pipes = [Pipe(_number(self._process.stderr), "err")]
         if out is None:
             self._pipes.append(Pipe(_number(self._process.stdout), "out"))
@@ -129,6 +130,7 @@ class Keeper:
             code = self._process.returncode
             ended_by = -code if code < 0 else None
             code = 128 + ended_by if ended_by else code
+            self._end_group()  # nothing is left to do once the launcher hears of the end
             self._tell(Ended(self._place.rank, self._host, code, ended_by))
             return code
         except Gone:
@@ -151,6 +153,8 @@ class Keeper:
         poll = select.poll()
         for pipe in self._pipes:
             poll.register(pipe.number, select.POLLIN)
+        if self._end_file is not None and self._process.returncode is None:
+            poll.register(self._end_file, select.POLLIN)  # the program's end is seen at once
         poll.register(sys.stdout.fileno(), 0)  # an error there says that nobody reads
         ready = dict(poll.poll(patience_s * 1000))
         if ready.get(sys.stdout.fileno(), 0) & (select.POLLERR | select.POLLHUP | select.POLLNVAL):
@@ -245,6 +249,14 @@ def _open_log(folder: str | None, rank: int) -> IO[str] | None:
 def _die_with_parent() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _pidfd(pid: int) -> int | None:
+    """A file that is ready to read when the process ends (pidfd_open(2), Linux 5.3)."""
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        return None
 
 
 def _state(pid: int) -> str:

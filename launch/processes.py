@@ -15,6 +15,7 @@ from launch.env import LAUNCH_ID
 
 KEEPER = "launch.keeper"
 PATIENCE_S = 5.0
+LOOK_AGAIN_S = 0.02  # psutil waits for zombies too, which their parents reap when they like
 
 
 def marked(mark: str) -> list[psutil.Process]:
@@ -47,7 +48,7 @@ def end(mark: str) -> int:
     while left := marked(mark):
         for process in left:
             _signal(process, signal.SIGKILL)
-        psutil.wait_procs(left, timeout=0.5)
+        psutil.wait_procs(left, timeout=LOOK_AGAIN_S)
         if time.monotonic() > deadline_s:
             return len(left)
     return 0

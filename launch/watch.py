@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import IO, NamedTuple
 
 from launch.reports import Beat, Ended, Said, decode, quiet_s, told_end
-from pretrain.monitor.heartbeat import EVALUATES, SAVES
+from pretrain.monitor.heartbeat import COMPILES, EVALUATES, SAVES
 
 HELD_LINES = 400
 TRACEBACK = "Traceback (most recent call last)"
@@ -26,7 +26,7 @@ SECOND_HAND = re.compile(
     re.IGNORECASE,
 )
 STARTING_S = 900.0  # imports over a slow disk, compilation, a large checkpoint
-SLOW_PHASES = {EVALUATES: 20.0, SAVES: 20.0}  # these may take so many times a stall's limit
+SLOW_PHASES = {COMPILES: 20.0, EVALUATES: 20.0, SAVES: 20.0}  # these may take so many times a stall's limit
 LAUNCHERS_OWN = re.compile(
     r"\[(INFO|ERROR)\] \[launch\.py:"
 )  # a host's; DeepSpeed has no word to make it silent by pdsh
@@ -132,7 +132,7 @@ class Watch:
         rank, now_s = self.ranks[beat.rank], time.monotonic()
         goes_on = (
             _slowness(beat) > 1 and beat.since_s < self._quiet_s
-        )  # it evaluates, and does not hang in that
+        )  # it evaluates or compiles, and does not hang in that
         if rank.beat is None or beat.step > rank.beat.step or goes_on:
             self._moved_s = now_s
         rank.beat, rank.heard_s = beat, now_s
@@ -167,6 +167,11 @@ class Watch:
         self._failures.append((time.monotonic(), failure))
 
     # ---- what follows
+
+    @property
+    def all_succeeded(self) -> bool:
+        """Every rank has reported its end, with exit code 0."""
+        return all(rank.ended is not None and rank.ended.code == 0 for rank in self.ranks)
 
     @property
     def has_failed(self) -> bool:

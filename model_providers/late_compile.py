@@ -7,7 +7,8 @@ the first import of megatron-core; later nothing is lost but that time.
 
 import contextlib
 import importlib
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import ParamSpec, TypeVar
 from unittest.mock import patch
@@ -35,10 +36,25 @@ def compile_later(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+@contextlib.contextmanager
+def hidden(name: str) -> Iterator[None]:
+    """A module that is not imported yet is not found meanwhile."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+TENSORBOARD = "torch.utils.tensorboard"  # megatron-core's timers take it if it is there; ours do not use them
+
 # The first keeps what it finds, for all of megatron-core that comes after it.
 DECORATING = ("megatron.core.jit", "deepspeed.runtime.zero.muon.original_muon")
 
-with patch.object(torch, "compile", compile_later):
+with patch.object(torch, "compile", compile_later), hidden(TENSORBOARD):
     for name in DECORATING:
         with contextlib.suppress(ImportError):  # another version has other names
             importlib.import_module(name)

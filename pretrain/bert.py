@@ -3,9 +3,7 @@
 deepspeed --module pretrain.bert RUN.yaml --deepspeed_config ds_configs/zero1.json train.steps=100
 """
 
-import sys
-
-from pretrain.program import run_program
+from pretrain.program import end_process, run_program
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -14,4 +12,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -4,10 +4,13 @@ The launcher puts ``--local_rank=N`` first; the variable LOCAL_RANK says the sam
 """
 
 import argparse
+import atexit
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Callable
+from typing import NoReturn
 
 from data_tools.errors import DataError
 from model_providers.errors import ModelError
@@ -54,6 +57,21 @@ def run_program(name: str, description: str | None, argv: list[str] | None) -> i
         leave()
 
     return exit_code(name, work)
+
+
+def end_process(code: int) -> NoReturn:
+    """End this rank with ``code``, without the interpreter's own end.
+
+    Python would free 3,000 modules one object at a time before it ends: 0.7 s in which nothing happens that the system
+    does not do itself.  What does matter is done before: files and groups are closed by the program, and the functions
+    of `atexit` run here (logging, monitors).  A thread that Python would wait for is waited for in Python's own way.
+    """
+    if all(thread.daemon or thread is threading.main_thread() for thread in threading.enumerate()):
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def exit_code(name: str, work: Callable[[], object]) -> int:

@@ -2,14 +2,13 @@
 
 from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder, CPULionBuilder
 from deepspeed.ops.op_builder.builder import OpBuilder
-from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
 from pretrain.engine.native_builds import build_obstacle
 from pretrain.engine.preflight import libaio_is_there
 
 
 def kernels() -> None:
-    for builder in (ShareMemCommBuilder(), CPUAdamBuilder(), CPULionBuilder()):
+    for builder in (CPUAdamBuilder(), CPULionBuilder()):
         build(builder)
 
 

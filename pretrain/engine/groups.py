@@ -10,7 +10,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import NamedTuple
 
 import deepspeed
@@ -24,12 +23,10 @@ from model_providers import mcore_on_cpu
 from model_providers.dispatch import Nodes
 from model_providers.layout import Coordinates, ExpertCoordinates, Layout
 from model_providers.random_streams import begin_micro_batch
-from pretrain.engine.native_builds import build_obstacle
 from pretrain.engine.quiet import without_stdout
-from pretrain.errors import RunError
 
 DEFAULT_TIMEOUT_S = 1800.0
-SHARED_MEMORY = Path("/dev/shm")  # shm_open(3) on Linux
+SHARED_MEMORY_COLLECTIVES = "deepspeed_shm_comm"
 
 
 class ExpertGroups(NamedTuple):
@@ -130,7 +127,7 @@ def join(layout: Layout, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Groups:
     """Join the world that the launcher's environment describes, and make all groups; every rank must call it."""
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
-        _load_shared_memory_collectives()
+        _leave_shared_memory_out()
     if not dist.is_initialized():
         accelerator.set_device(_local_rank())
     with without_stdout():
@@ -139,8 +136,6 @@ def join(layout: Layout, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Groups:
             timeout=datetime.timedelta(seconds=timeout_s),
             verbose=False,
         )
-    if accelerator.device_name() == "cpu":
-        _release_shared_memory()
     assert dist.get_world_size() == layout.world_size, f"{dist.get_world_size()} ranks for {layout}"
     mcore_on_cpu.install(device_of_this_rank().type)
     if parallel_state.is_initialized():
@@ -226,26 +221,14 @@ def _group_of(rank: int, all_ranks: Sequence[list[int]]) -> dist.ProcessGroup:
     return ours
 
 
-def _load_shared_memory_collectives() -> None:
-    """`init_distributed` would compile them on a CPU too, but forget to say so, and to explain a failure."""
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    obstacle = build_obstacle(builder) if builder.is_compatible(verbose=False) else None
-    if obstacle is not None:
-        raise RunError(
-            f"DeepSpeed's collectives for CPUs do not compile here: {obstacle}; they need a C++ compiler and "
-            "ninja: apt-get install g++ (Debian, Ubuntu), pip install ninja"
-        )
+def _leave_shared_memory_out() -> None:
+    """Joining would compile DeepSpeed's collectives in shared memory, 40 s to minutes, and keep 69 MB a rank for them.
 
-
-def _release_shared_memory() -> None:
-    """Take the names of DeepSpeed's buffers away now that all ranks have mapped them: the memory ends with them.
-
-    DeepSpeed 0.19 leaves 69 MB a rank in /dev/shm, which is memory, after every run (csrc/cpu/comm/shm.cpp).
+    DeepSpeed 0.19 uses them in `inference_all_reduce` alone (deepspeed/comm/torch.py), which its inference layers call
+    and training does not; all other collectives are gloo's either way.  It reads this table, which it keeps so that
+    "edits to it persist" (deepspeed/ops/__init__.py).
     """
-    address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
-    dist.barrier()
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{dist.get_rank()}"
-    (SHARED_MEMORY / name).unlink(missing_ok=True)
+    deepspeed.ops.__compatible_ops__[SHARED_MEMORY_COLLECTIVES] = False
 
 
 def assert_same_ranks(name: str, group: dist.ProcessGroup, expected: list[int]) -> None:

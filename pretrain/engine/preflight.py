@@ -18,6 +18,7 @@ from pretrain.engine.native_builds import build_obstacle
 from pretrain.engine.quiet import without_stdout
 from pretrain.engine.swap_folders import hold_folders
 from pretrain.errors import RunError
+from pretrain.monitor.heartbeat import Heartbeat
 from pretrain.nested import get
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def _build(builder: OpBuilder, groups: Groups) -> str | None:
     obstacle = None
     for turn in (True, False):
         if first_on_node is turn:
-            obstacle = build_obstacle(builder)
+            obstacle = build_obstacle(builder, Heartbeat.of(os.environ).doing)
         wait_for_all()
     return groups.first_told(obstacle)
 

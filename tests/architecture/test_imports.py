@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -242,3 +243,48 @@ def test_a_rank_imports_nothing_that_a_run_does_not_need() -> None:
     code = f"import pretrain.gpt, sys; print([name for name in {unneeded} if name in sys.modules])"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.splitlines()[-1] == "[]"
+
+
+# What importing it costs, in seconds of a CPU: TensorBoard 0.2 (rank 0 takes it where a run writes its logs), torch's
+# compiler 3.  torch's DTensor brings sympy (0.3) into every rank: megatron-core imports it in any case.
+COSTLY = (
+    "tensorboard",
+    "absl",
+    "torch.utils.tensorboard",
+    "torch._dynamo",
+    "torch._inductor",
+    "transformers",
+)
+COSTLY += ("datasets", "matplotlib", "pandas", "pyarrow", "scipy", "IPython", "typer")
+
+
+@pytest.mark.parametrize(
+    ("imported", "unneeded"),
+    [
+        ("model_providers.late_compile, pretrain.run", COSTLY),
+        ("launch.run", (*COSTLY, "torch", "deepspeed", "sympy", "megatron")),
+        ("launch.keeper", (*COSTLY, "torch", "deepspeed", "numpy", "yaml", "pydantic")),
+        ("launch.leash", (*COSTLY, "torch", "deepspeed", "numpy", "yaml", "pydantic", "psutil")),
+        ("launch.node", (*COSTLY, "torch", "deepspeed", "numpy", "yaml", "pydantic")),
+    ],
+)
+def test_what_every_start_imports_is_free_of_what_costs_time(
+    imported: str, unneeded: tuple[str, ...]
+) -> None:
+    code = f"import {imported}, sys; print([name for name in {unneeded} if name in sys.modules])"
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_deepspeeds_launcher_starts_ranks_without_torch() -> None:
+    code = "import importlib, sys; from launch import node; node.stand_in(node._deepspeed_folder())\n"
+    code += "importlib.import_module(node.MODULE); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
