@@ -91,6 +91,7 @@ class Meter:
         config: Any = session.config
         is_whole = config.option.markexpr == EVERYDAY and not config.option.keyword
         is_whole = is_whole and config.args_source is pytest.Config.ArgsSource.TESTPATHS
+        is_whole = is_whole and not config.option.collectonly
         if self._is_worker or not is_whole or session.exitstatus != pytest.ExitCode.OK:
             return
         self._line, is_within = verdict(self._by_test_s, cpu_slowness=work_cpu_s() / REFERENCE_CPU_S)

@@ -59,6 +59,7 @@ _ = deepspeed.ops.__compatible_ops__  # every process would ask the compiler ane
 
 # DeepSpeed's kernels ask it in every process, for two seconds.
 cpuinfo.get_cpu_info = lru_cache(cpuinfo.get_cpu_info)
+cpuinfo.get_cpu_info()  # DeepSpeed's optimizers on the CPU ask it, for two seconds each time
 torch.set_num_threads(1)
 kernels()
 num_threads = len(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else 1

@@ -11,7 +11,7 @@ from tests.parity.test_layouts import assert_same
 from tests.parity.test_objectives import BERT, T5
 from tests.ranks import RankPool
 from tests.runs import tiny
-from tests.thorough import rare
+from tests.thorough import everyday
 
 STEPS = 4
 CHUNKS = {"loss": {"chunk_tokens": 24}}  # of the 64 tokens of a micro-batch: three, and not even
@@ -43,14 +43,13 @@ CELLS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # ranks, the m
     "t5-pp2-tp2+sp-zb-v": (4, T5, {"layout": {"pp": 2, **SP2, **ZB_V}}),
     "t5-dp2-zero3": (2, T5, {"deepspeed": "zero3.json"}),
 }
-RARE = {"tp2-masked", "dp2-zero3-ahead", "dp2-zero2", "t5-dp2-zero3"}
 
 
 @pytest.mark.ranks
-@rare("t5-pp2-tp2+sp-zb-v", "untied-dp2-zero3")
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.thorough] if name in RARE else []) for name in CELLS]
+@everyday(
+    "pp2-auto-ahead",
 )
+@pytest.mark.parametrize("name", CELLS)
 def test_chunks_compute_what_whole_logits_do(
     ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, name: str
 ) -> None:
@@ -60,7 +59,7 @@ def test_chunks_compute_what_whole_logits_do(
 
 
 @pytest.mark.ranks
-@rare("pp2")
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "changes", [{"layout": SP2}, {"layout": {"pp": 2}, "deepspeed": "pipeline.json"}], ids=["tp2+sp", "pp2"]
 )

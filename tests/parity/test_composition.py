@@ -13,7 +13,7 @@ from tests.parity.record import record_raw
 from tests.parity.test_layouts import assert_same
 from tests.ranks import RankPool
 from tests.runs import tiny
-from tests.thorough import cells, rare
+from tests.thorough import cells, everyday
 
 STEPS = 3
 TP_SP = {"layout": {"tp": 2, "sequence_parallel": True}, "deepspeed": "zero1.json"}
@@ -29,13 +29,8 @@ DROPOUT = {"model__hidden_dropout": 0.1, "model__attention_dropout": 0.1}
 
 
 @pytest.mark.ranks
-@rare(
-    "reset-tp2+sp",
-    "reset-dp2*",
-    "masked-tp2+sp",
-    "masked-pp2",
-    "masked-dp2-zero3",
-    "reset-masked-learned-dp2",
+@everyday(
+    "masked-dp2",
 )
 @LAYOUTS
 @pytest.mark.parametrize(
@@ -66,14 +61,8 @@ def test_document_boundaries_are_the_same_in_every_layout(
 
 
 @pytest.mark.ranks
-@rare(
-    "selective-pp2",
-    "selective-dp2",
-    "full-tp2+sp",
-    "full-pp2",
-    "full-dp2-zero3",
-    "every-3-tp2+sp",
-    "every-3-dp2*",
+@everyday(
+    "selective-tp2+sp",
 )
 @LAYOUTS
 @pytest.mark.parametrize(
@@ -123,6 +112,10 @@ def record_offloaded(raw: dict[str, Any], steps: int) -> tuple[Trace | None, int
 
 
 @pytest.mark.ranks
+@everyday(
+    "dp2-zero3",
+    "experts",
+)
 @pytest.mark.parametrize(
     "cell",
     cells(
@@ -146,7 +139,9 @@ def test_activations_may_wait_on_the_host_in_every_layout(
 
 
 @pytest.mark.ranks
-@rare("interleaved-recompute")
+@everyday(
+    "tp2",
+)
 @pytest.mark.parametrize(
     "layout",
     [
@@ -170,7 +165,7 @@ def test_dropout_goes_with_samples_and_layers_whatever_the_layout(
 
 
 @pytest.mark.ranks
-@rare("gpt2-like-dp2*", "window-relu2-nope-tp2+sp", "window-relu2-nope-pp2", "window-relu2-nope-dp2")
+@pytest.mark.thorough
 @LAYOUTS
 @pytest.mark.parametrize(
     "model",
@@ -204,6 +199,9 @@ def test_other_architectures_are_the_same_in_every_layout(
 
 
 @pytest.mark.ranks
+@everyday(
+    "[0, 2, 7]",
+)
 @pytest.mark.parametrize("bounds", ["parameters", "uniform", [0, 2, 7]], ids=str)
 def test_where_the_pipeline_is_cut_changes_nothing(
     ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, bounds: Any
@@ -213,6 +211,10 @@ def test_where_the_pipeline_is_cut_changes_nothing(
 
 
 @pytest.mark.ranks
+@everyday(
+    "{}",
+    "{'precision': 'bf16'}",
+)
 @pytest.mark.parametrize(
     "changes", [{}, {"deepspeed": "zero0.json"}, {"precision": "bf16"}, {"deepspeed": "zero2.json"}], ids=str
 )
@@ -231,6 +233,9 @@ def test_stages_without_norms_go_with_others(
 
 
 @pytest.mark.ranks
+@everyday(
+    "2",
+)
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_without_clipping_pipelines_of_all_lengths_agree(
     ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, world_size: int

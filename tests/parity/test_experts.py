@@ -10,7 +10,7 @@ from tests.parity.record import record_raw
 from tests.parity.test_layouts import assert_same
 from tests.ranks import RankError, RankPool
 from tests.runs import tiny
-from tests.thorough import cells, rare
+from tests.thorough import everyday, rare
 
 STEPS = 3
 MOE = {
@@ -81,11 +81,11 @@ CELLS = (
     Cell(4, 2, pp=2, partition=(0, 2, 6), first_dense=1),
 )
 
-RARE = tuple(str(CELLS[index]) for index in (0, 4, 5, 6, 7, 10, 11, 12, 13, 15, 17, 19))
-
 
 @pytest.mark.ranks
-@rare("1")
+@everyday(
+    "1",
+)
 @pytest.mark.parametrize("zero", [1, 3])
 def test_sharing_out_experts_changes_nothing_expert_by_expert_over_20_steps(
     ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, zero: int
@@ -127,6 +127,14 @@ OPTIONS = {
 
 
 @pytest.mark.ranks
+@everyday(
+    "sigmoid-groups-bias-alltoall",
+    "softmax-of-all-allgather",
+    "global-loss-alltoall",
+    "capacity-alltoall",
+    "padded-alltoall",
+    "some-layers-allgather",
+)
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_kind_of_routing_is_the_same_with_shared_out_experts(
@@ -146,12 +154,7 @@ def test_every_kind_of_routing_is_the_same_with_shared_out_experts(
 
 
 @pytest.mark.ranks
-@rare(
-    "2-{'layout':{'ep':2}}",
-    "2-{'layout':{'tp':2,'sequence_parallel':True}}",
-    "2-{'layout':{'pp':2,'partition':*",
-    "4-*'zb-h1'}}",
-)
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("world_size", "changes"),
     [
@@ -182,7 +185,9 @@ PARTS = {
 
 
 @pytest.mark.ranks
-@rare("whole-ep2-zero3", "inside-pp2-zb-v")
+@everyday(
+    "inside-tp2+sp",
+)
 @pytest.mark.parametrize(
     ("parts", "world_size", "changes"),
     [
@@ -208,7 +213,9 @@ def test_forgotten_parts_of_experts_and_latent_attention_come_back_in_every_layo
 
 
 @pytest.mark.ranks
-@rare("4-{'layout':{'ep':2},*", "4-{'layout':{'tp':2,*", "4-{'layout':{'pp':2,'ep':2,'partition':*")
+@everyday(
+    "2-{'layout':{'ep':2},'deepspeed':'zero2_cpu_offload.json'}",
+)
 @pytest.mark.parametrize(
     ("world_size", "changes"),
     [
@@ -235,7 +242,8 @@ def test_bf16_experts_follow_fp32(
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("cell", cells(CELLS, thorough=RARE))
+@everyday("ep4-tp1-dp4-zero1-alltoall", "ep2-tp1-pp2-1f1b-dp2-zero1-alltoall1")
+@pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_layout_computes_what_one_process_does(
     ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, cell: Cell
 ) -> None:

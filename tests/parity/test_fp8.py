@@ -18,7 +18,7 @@ from tests.parity.record import record_fp64
 from tests.parity.test_layouts import assert_same
 from tests.ranks import RankPool
 from tests.runs import tiny
-from tests.thorough import rare
+from tests.thorough import everyday
 
 STEPS = 4
 TOLERANCE = 1e-6
@@ -77,8 +77,15 @@ def exact(ranks: RankPool, corpus: str, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.mark.ranks
-@rare(
-    "experts-nvfp4-pp2-recompute", "latent-blockwise-pp2", "latent-delayed-zero3", "experts-current-tp2-ep2"
+@everyday(
+    "delayed-zb-v",
+    "current-pp2",
+    "blockwise-dp2",
+    "mxfp8-pp2-recompute",
+    "nvfp4-zero3",
+    "experts-delayed-zb-v",
+    "experts-delayed-etp2",
+    "current-tp2+sp",
 )
 @pytest.mark.parametrize(
     "model, recipe, layout",

@@ -10,7 +10,7 @@ from tests.conftest import OneProcess
 from tests.parity.record import record_raw
 from tests.ranks import RankPool
 from tests.runs import tiny
-from tests.thorough import rare
+from tests.thorough import everyday
 
 STEPS = 20
 TOLERANCE = 1e-5
@@ -56,15 +56,9 @@ CELLS = (
 
 
 @pytest.mark.ranks
-@rare(
-    "tp2-pp1-dp2-zero3-*",
-    "tp1-pp1-dp2-zero0-*",
-    "tp2-pp1-dp1-zero0-*",
-    "tp2-pp2-*",
-    "tp1-pp2-dp1-zero0-*",
-    "tp1-pp1-dp2-zero1-*",
-    "tp1-pp1-dp2-zero3-*",
-    "tp4-*",
+@everyday(
+    "tp1-pp4-dp1-zero1-tied",
+    "tp1-pp1-dp2-zero2-tied",
 )
 @pytest.mark.parametrize(
     "tied", [pytest.param(True, id="tied"), pytest.param(False, id="untied", marks=pytest.mark.thorough)]

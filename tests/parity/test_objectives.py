@@ -10,6 +10,7 @@ from tests.parity.record import record_raw
 from tests.parity.test_layouts import assert_same
 from tests.ranks import RankPool
 from tests.runs import tiny
+from tests.thorough import everyday
 
 STEPS = 3
 BERT = {
@@ -63,28 +64,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 IN_ALL, IN_SOME = ("bert", "t5", "electra"), ("tp2+sp-zero3", "pp2-tp2+sp-zb-v")
-RARE = {
-    *(("bert", layout) for layout in ("tp2", "pp2-dp2", "pp4-recompute")),
-    *((kind, "dp2-zero0") for kind in IN_ALL),
-    *(("electra", layout) for layout in ("tp2", "dp2-zero2", "pp2-dp2", "pp2-interleaved", "pp4-recompute")),
-    *(("t5", layout) for layout in ("dp2-zero2", "pp2-dp2", "pp2-interleaved")),
-    *((kind, "tp2+sp-zero3") for kind in ("norms-before", "roberta", "electra", "fim")),
-    *((kind, "pp2-tp2+sp-zb-v") for kind in ("norms-before", "roberta", "t5-1.1-ul2-rotary")),
-}
-CELLS = [
-    pytest.param(
-        kind,
-        layout,
-        id=f"{kind}-{layout}",
-        marks=[pytest.mark.thorough] if (kind, layout) in RARE else [],
-    )
-    for kind in KINDS
-    for layout in (LAYOUTS if kind in IN_ALL else IN_SOME)
-    if layout != "pp2-auto"
-] + [pytest.param(kind, "pp2-auto", id=f"{kind}-pp2-auto") for kind in ("bert", "electra", "t5")]
+CELLS = [(kind, layout) for kind in KINDS for layout in (LAYOUTS if kind in IN_ALL else IN_SOME)]
 
 
 @pytest.mark.ranks
+@everyday("bert-pp2-auto", "t5-pp4-recompute")
 @pytest.mark.parametrize(("kind", "layout"), CELLS)
 def test_layout_computes_what_one_process_does(
     ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, kind: str, layout: str

@@ -12,7 +12,7 @@ from tests.parity.record import record_raw
 from tests.parity.test_layouts import assert_same
 from tests.ranks import RankPool
 from tests.runs import tiny
-from tests.thorough import cells, rare
+from tests.thorough import cells, everyday
 
 STEPS = 4
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -44,7 +44,12 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
 
 
 @pytest.mark.ranks
-@rare("Lion-3", "Muon-3", "AdamW8bit-3")
+@everyday(
+    "AdamW-3",
+    "Muon-1",
+    "AdamW8bit-1",
+    "GaLore-1",
+)
 @pytest.mark.parametrize("stage", cells([1, 2, 3], thorough=["2"]))
 @pytest.mark.parametrize("name", cells(OPTIMIZERS, thorough=["Adam", "Adagrad", "SGD", "RAdam"]))
 def test_sharded_optimizers_do_what_whole_ones_do(
@@ -96,7 +101,10 @@ def test_light_optimizers_take_the_same_steps_in_every_layout(
 
 
 @pytest.mark.ranks
-@rare("GaLore")
+@everyday(
+    "Muon",
+    "Adafactor",
+)
 @pytest.mark.parametrize("name", ["Lion", "Muon", "AdamW8bit", "Adafactor", "GaLore"])
 def test_light_optimizers_train(ranks: RankPool, corpus: str, out: Path, name: str) -> None:
     """In bf16 on two ranks, with warm-up, decay of weights and clipping where there is one: it falls by a sixth."""

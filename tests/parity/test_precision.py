@@ -10,7 +10,7 @@ from tests.conftest import OneProcess
 from tests.parity.record import record_raw
 from tests.ranks import RankPool
 from tests.runs import tiny
-from tests.thorough import rare
+from tests.thorough import everyday
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2-zero1": {"deepspeed": "zero1.json"},
@@ -26,7 +26,13 @@ CLOSE = 5e-3  # relative; measured 1e-3 after 20 steps
 
 
 @pytest.mark.ranks
-@rare("dp2-zero2-bf16", "dp2-zero2-cpu-bf16", "dp2-zero3-cpu-bf16", "tp2+sp-bf16")
+@everyday(
+    "dp2-zero1-bf16",
+    "dp2-zero2-fp32",
+    "dp2-zero3-cpu-fp32",
+    "pp2-fp32",
+    "pp2-bf16",
+)
 @pytest.mark.parametrize("accumulate", ["fp32", "bf16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_are_summed_in_the_format_asked_for(
@@ -43,7 +49,10 @@ def test_gradients_are_summed_in_the_format_asked_for(
 
 
 @pytest.mark.ranks
-@rare("dp2-zero2*", "dp2-zero3-cpu")
+@everyday(
+    "dp2-zero1",
+    "pp2",
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bf16_follows_fp32_in_every_layout(
     ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, layout: str

@@ -20,7 +20,7 @@ from tests.parity.record import record_raw
 from tests.parity.test_layouts import assert_same
 from tests.ranks import RankPool
 from tests.runs import tiny
-from tests.thorough import rare
+from tests.thorough import everyday, rare
 
 STEPS = 5  # of schedules alone
 FEW = 3  # of schedules with something else
@@ -44,7 +44,13 @@ def pipeline(name: str, pp: int, **layout: Any) -> dict[str, Any]:
 
 
 @pytest.mark.ranks
-@rare("gpipe-4-*", "eager-4-*", "zb-h1-2-tied", "1f1b-4-untied", "interleaved-2-untied", "interleaved-zb-2-*")
+@everyday(
+    "gpipe-2-tied",
+    "eager-2-untied",
+    "interleaved-4-untied",
+    "zb-v-4-tied",
+    "interleaved-zb-4-untied",
+)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("pp", [2, 4])
 @pytest.mark.parametrize("name", FAMILIES)
@@ -99,10 +105,10 @@ def test_ours_is_deepspeeds_own_1f1b(ranks: RankPool, corpus: str, out: Path, pp
 
 
 @pytest.mark.ranks
-@rare(
-    "zb-v-{'recompute': {'mode': 'full', 'every': 2}}",
+@everyday(
+    "interleaved-{'deepspeed': 'zero0.json', 'layout__messages': 'batch'}",
+    "zb-v-{'layout__messages': 'channel'}",
     "interleaved-{'layout__partition': [0, 2, 4, 5, 9]}",
-    "zb-v-{'deepspeed': 'zero0.json'}",
 )
 @pytest.mark.parametrize(
     ("name", "changes"),
@@ -135,7 +141,7 @@ def test_schedules_go_with_everything_else(
 
 
 @pytest.mark.ranks
-@rare("interleaved-{'tp': 2, 'sequence_parallel': True}-4", "interleaved-{}-4", "zb-h1-{'tp': 2}-4")
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "layout", "world_size"),
     [
@@ -162,7 +168,9 @@ def test_schedules_go_with_tensor_and_data_parallelism(
 
 
 @pytest.mark.ranks
-@rare("1f1b-bf16", "interleaved-fp32")
+@everyday(
+    "interleaved-bf16",
+)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["1f1b", "interleaved"])
 def test_zero_2_in_a_pipeline_computes_what_one_process_does(
@@ -179,7 +187,9 @@ def test_zero_2_in_a_pipeline_computes_what_one_process_does(
 
 
 @pytest.mark.ranks
-@rare("zb-h1-True")
+@everyday(
+    "interleaved-True",
+)
 @pytest.mark.parametrize(("name", "offload"), [("interleaved", True), ("zb-h1", True), ("zb-v", False)])
 def test_bf16_is_the_same_in_every_schedule(
     ranks: RankPool, corpus: str, out: Path, tmp_path: Path, name: str, offload: bool
