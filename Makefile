@@ -15,6 +15,9 @@ CHECKS := tests/architecture tests/pretrain/schedules $(wildcard tests/pretrain/
 SINCE ?= HEAD
 RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 
+# Runs and tests start many processes: each would compile our sources anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help install demo demo-corpus demo-moe demo-bert demo-t5 test test-all test-changed check format bench clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # two goals may want one environment

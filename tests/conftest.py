@@ -1,6 +1,7 @@
 """Shared by all tests: the pool of gloo ranks, and the rule that nothing needs the network or a GPU."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,7 +33,11 @@ RUNNING = pytest.StashKey[dict[str, "subprocess.Popen[bytes]"]]()
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-timeout reads it
 def pytest_configure(config: pytest.Config) -> None:
-    """A test that states no limit of its own gets one for this machine."""
+    """A test that states no limit of its own gets one for this machine; Ctrl-C reaches what tests start."""
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # as in a shell's background, and inherited from there
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.option.timeout is None:
         config.option.timeout = patient_s(DEFAULT_LIMIT_S)
     config.pluginmanager.register(costs.Meter(config))

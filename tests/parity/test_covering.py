@@ -51,10 +51,12 @@ def test_cell_computes_what_one_process_does(trace_of: Callable[[Cell], Trace], 
     if cell["precision"] == "bf16":  # as test_bf16_is_the_same_in_every_schedule
         assert trace.losses == pytest.approx(wanted.losses, rel=2e-3), difference
         assert trace.grad_norms == pytest.approx(wanted.grad_norms, rel=2e-2), difference
-    elif (
-        cell["optimizer"] == "AdamW8bit"
-    ):  # a scale for each 256 elements in a row, and a partition has other rows
-        assert difference.loss < 1e-4 and difference.weights < 1e-3 and difference.gradient < 1e-5, difference
+    elif cell["optimizer"] == "AdamW8bit":
+        # A scale for each 256 elements in a row, and a partition has other rows; with experts shared out, others again.
+        limit = 1e-4 if cell["experts"] == "ep1" else 2e-4
+        assert difference.loss < limit and difference.weights < 1e-3 and difference.gradient < 1e-5, (
+            difference
+        )
     else:  # Lion takes the sign of a difference of gradients: rounding flips single signs
         assert_same(trace, wanted, tolerance=1e-4 if cell["optimizer"] == "Lion" else 1e-5)
 
