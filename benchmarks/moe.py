@@ -213,19 +213,16 @@ def traffic_table(repeats: int, *, nodes: int = 4, ranks_per_node: int = 2) -> T
         "dispatcher", "messages in the node", "KiB", "between nodes", "KiB", "ms, this machine", title=title
     )
     pool = RankPool(size)
-    try:
-        for name in ("allgather", "alltoall", "hierarchical"):
-            runs = pool.run(traffic_of, size, name, repeats, ranks_per_node)
-            ms = f"{1e3 * max(took for _, took in runs):.1f}"
-            counts = [counted for counted, _ in runs if counted is not None]
-            if not counts:  # every token goes to every rank, and a sum comes back
-                each = 2 * tokens * row_bytes / 1024
-                near, far = (ranks_per_node - 1) * each, (size - ranks_per_node) * each
-                rows.add_row(name, "ring", f"{near:,.0f} (computed)", "ring", f"{far:,.0f} (computed)", ms)
-                continue
-            rows.add_row(name, *means(counts), ms)
-    finally:
-        pool.close()
+    for name in ("allgather", "alltoall", "hierarchical"):
+        runs = pool.run(traffic_of, size, name, repeats, ranks_per_node)
+        ms = f"{1e3 * max(took for _, took in runs):.1f}"
+        counts = [counted for counted, _ in runs if counted is not None]
+        if not counts:  # every token goes to every rank, and a sum comes back
+            each = 2 * tokens * row_bytes / 1024
+            near, far = (ranks_per_node - 1) * each, (size - ranks_per_node) * each
+            rows.add_row(name, "ring", f"{near:,.0f} (computed)", "ring", f"{far:,.0f} (computed)", ms)
+            continue
+        rows.add_row(name, *means(counts), ms)
     return rows
 
 

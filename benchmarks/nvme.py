@@ -73,6 +73,8 @@ class Seen:
 
 def main() -> None:
     words = parser().parse_args()
+    if not words.folder.is_dir():
+        sys.exit(f"folder={words.folder}: is not there; name a folder on the disk to measure")
     size = SIZES[words.size]
     limit = int(words.limit_gb * 1e9) if words.limit_gb else size.limit_bytes
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)

@@ -453,13 +453,10 @@ def main() -> None:
     pool = RankPool(size=num_ranks)
     times: dict[Contender, float] = {}
     console = Console(width=None if sys.stdout.isatty() else 120)
-    try:
-        for contender in wanted:
-            result = pool.run(on_a_rank, num_ranks, case, contender, timeout_s=600)[0]
-            times[contender] = statistics.median(result)
-            print(f"{contender.title}: {1e3 * times[contender]:.1f} ms", file=sys.stderr, flush=True)
-    finally:
-        pool.close()
+    for contender in wanted:
+        result = pool.run(on_a_rank, num_ranks, case, contender, timeout_s=600)[0]
+        times[contender] = statistics.median(result)
+        print(f"{contender.title}: {1e3 * times[contender]:.1f} ms", file=sys.stderr, flush=True)
     console.print(table(case, times))
 
 

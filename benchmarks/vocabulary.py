@@ -4,7 +4,7 @@ The times of a block, the embedding and the head are measured here for each voca
 them.  "Balanced" is what Vocabulary Parallelism (Yeung et al. 2024, arXiv:2411.05288) aims at: the head's and the
 embedding's work shared evenly by all stages.
 
-    python -m benchmarks.vocabulary [--stages 4] [--layers 24] [--micro-batches 16]
+    python -m benchmarks.vocabulary [--stages 4] [--layers 24] [--micro-batches 16] [--vocabularies 8192 ...]
 """
 
 import argparse
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--micro-batches", type=int, default=16)
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=VOCABULARIES)
     words = parser.parse_args()
     title = (
         f"1F1B, {words.stages} stages, {words.layers} layers of {WIDTH}, {words.micro_batches} micro-batches"
@@ -66,7 +67,7 @@ def main() -> None:
     )
     with world_of_one():
         groups = join(Layout())
-        for vocabulary in VOCABULARIES:
+        for vocabulary in words.vocabularies:
             table.add_row(*row(vocabulary, groups, words.stages, words.layers, words.micro_batches))
     Console(width=None if sys.stdout.isatty() else 100).print(table)
 
