@@ -204,6 +204,23 @@ def test_more_memory_than_stated_is_found() -> None:
     assert "rank 2 holds 8 activations at once, 4 are stated" in list(faults(lower(schedule)))
 
 
+def test_one_activation_more_than_stated_is_found() -> None:
+    schedule = made("1f1b", 4, 1, 8)
+    stated = (schedule.max_live[0] - 1, *schedule.max_live[1:])
+    found = list(faults(lower(dataclasses.replace(schedule, max_live=stated))))
+    assert found == [f"rank 0 holds {schedule.max_live[0]} activations at once, {stated[0]} are stated"]
+
+
+def test_messages_out_of_their_order_are_found() -> None:
+    """Numbered in one order for all ranks: two that change places on one rank."""
+    plan = lower(made("interleaved", 2, 2, 4))
+    program = list(plan.programs[0])
+    first, second = [i for i, step in enumerate(program) if not isinstance(step, Op)][-2:]
+    program[first], program[second] = program[second], program[first]
+    changed = dataclasses.replace(plan, programs=(tuple(program), *plan.programs[1:]))
+    assert any(fault.startswith("rank 0 posts message") for fault in faults(changed))
+
+
 def test_a_circle_of_waiting_is_named() -> None:
     schedule = made("1f1b", 2, 1, 2)
     first = schedule.orders[0]
