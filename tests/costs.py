@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-BUDGET_S = 1000.0
+BUDGET_S = 1300.0  # recorded: 980 with other work on the machine, which costs cache and so CPU too
 EVERYDAY = "not thorough"  # the tests that `make test` chooses
 REFERENCE_CPU_S = 0.054  # `work_cpu_s` on the machine that the budget was recorded on
 NUM_NAMED = 10
