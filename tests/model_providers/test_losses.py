@@ -88,3 +88,20 @@ def test_a_cut_vocabulary_gives_the_same(ranks: Any, tp: int, padded: int) -> No
     for loss, _ in found:
         assert loss == pytest.approx(wanted, rel=1e-6)
     torch.testing.assert_close(torch.cat([own for _, own in found], dim=-1), gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_a_further_depth_does_not_look_over_tokens_that_do_not_count() -> None:
+    """Depth 2's label at place i is that of i + 2: it counts if those of i and i + 1 do."""
+    logits, labels, weights = problem(VOCAB)
+    weights[0, 2] = 0.0  # so depth 2 counts neither at places 1 and 2, nor at 0, whose label it is
+    loss = WeightedLoss(VocabularyShare(VOCAB, VOCAB, solo_groups().tp), ahead_weight=1.0)
+    loss((logits, torch.zeros_like(logits), logits), (labels, weights))
+    uniform = torch.log(torch.tensor(float(VOCAB)))
+    exact = F.cross_entropy(logits[: S - 2].permute(1, 2, 0), labels[:, 2:], reduction="none")
+    counted = weights[:, 2:].clone()
+    counted[0, :3] = 0.0
+    first = weights[:, 1:].clone()
+    first[0, 1:3] = 0.0
+    wanted = (uniform * first.sum() + (exact * counted).sum()) / 2
+    ahead = loss.take_ahead()
+    assert ahead is not None and ahead.item() == pytest.approx(wanted.item(), rel=1e-5)
