@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-BUDGET_S = 1300.0  # recorded: 980 with other work on the machine, which costs cache and so CPU too
+BUDGET_S = 1400.0  # recorded: 980 with other work on the machine; to be lowered once quiet runs were seen
 EVERYDAY = "not thorough"  # the tests that `make test` chooses
 REFERENCE_CPU_S = 0.054  # `work_cpu_s` on the machine that the budget was recorded on
 NUM_NAMED = 10
@@ -94,7 +94,9 @@ class Meter:
         is_whole = is_whole and not config.option.collectonly
         if self._is_worker or not is_whole or session.exitstatus != pytest.ExitCode.OK:
             return
-        self._line, is_within = verdict(self._by_test_s, cpu_slowness=work_cpu_s() / REFERENCE_CPU_S)
+        self._line, is_within = verdict(
+            self._by_test_s, cpu_slowness=max(1.0, work_cpu_s() / REFERENCE_CPU_S)
+        )
         if not is_within:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
