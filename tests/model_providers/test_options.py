@@ -105,4 +105,6 @@ def test_padding_the_vocabulary_changes_no_number() -> None:
     for loss, gradients in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-6)
         for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, results[0][1][name], rtol=1e-5, atol=1e-7)
+            # Relative to the largest: a sum of as many terms has their rounding, however small it is itself.
+            wanted = results[0][1][name]
+            assert (gradient - wanted).abs().max() <= 2e-6 * wanted.abs().max(), name
