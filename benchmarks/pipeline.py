@@ -297,8 +297,10 @@ def run_deepspeed(case: Case, contender: Contender) -> list[float]:
     from deepspeed.pipe import LayerSpec, PipelineModule
     from deepspeed.runtime.pipe import p2p
 
+    from pretrain.engine.groups import leave_shared_memory_out
     from pretrain.engine.quiet import without_stdout
 
+    leave_shared_memory_out()
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     with without_stdout():
         module = PipelineModule(

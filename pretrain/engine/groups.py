@@ -127,7 +127,7 @@ def join(layout: Layout, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Groups:
     """Join the world that the launcher's environment describes, and make all groups; every rank must call it."""
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
-        _leave_shared_memory_out()
+        leave_shared_memory_out()
     if not dist.is_initialized():
         accelerator.set_device(_local_rank())
     with without_stdout():
@@ -221,7 +221,7 @@ def _group_of(rank: int, all_ranks: Sequence[list[int]]) -> dist.ProcessGroup:
     return ours
 
 
-def _leave_shared_memory_out() -> None:
+def leave_shared_memory_out() -> None:
     """Joining would compile DeepSpeed's collectives in shared memory, 40 s to minutes, and keep 69 MB a rank for them.
 
     DeepSpeed 0.19 uses them in `inference_all_reduce` alone (deepspeed/comm/torch.py), which its inference layers call

@@ -19,8 +19,8 @@ SMALL: dict[str, tuple[str, str]] = {
     "loss": ("--words 512 --tokens 64 --width 32", "chunks of 64"),
     "mfu": ("--small --steps 1", "tokens/s"),
     "pipeline": (
-        "--pp 2 --layers 4 --micro-batches 2 --layer-ms 1 --steps 1 --only zb-h1",
-        "Megaloom zb-h1",
+        "--pp 2 --layers 4 --micro-batches 2 --layer-ms 1 --steps 1 --only 1f1b",  # of all three engines
+        "DeepSpeed 1f1b",
     ),
     "vocabulary": ("--layers 4 --micro-batches 4 --vocabularies 256 512", "512"),
 }
