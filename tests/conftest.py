@@ -33,10 +33,9 @@ RUNNING = pytest.StashKey[dict[str, "subprocess.Popen[bytes]"]]()
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-timeout reads it
 def pytest_configure(config: pytest.Config) -> None:
-    """A test that states no limit of its own gets one for this machine; Ctrl-C reaches what tests start."""
-    if (
-        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    ):  # as in a shell's background, and inherited from there
+    """A test that states no limit gets one for this machine; Ctrl-C reaches what tests start."""
+    # In a shell's background it is ignored, and what tests start would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.option.timeout is None:
         config.option.timeout = patient_s(DEFAULT_LIMIT_S)
@@ -75,7 +74,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker, build in item.config.stash[RUNNING].items():
         if is_marked(item, marker):
-            assert build.wait() == 0, f"what tests marked {marker} need did not compile"
+            with costs.uncounted():
+                build.wait()
+            assert build.returncode == 0, f"what tests marked {marker} need did not compile"
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

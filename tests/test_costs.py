@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import patience
-from tests.costs import CPU_S, Meter, verdict
+from tests.costs import CPU_S, Meter, cpu_s, uncounted, verdict
 from tests.patience import patient_s
 
 
@@ -38,6 +38,14 @@ def test_a_test_costs_what_its_processes_compute(pytestconfig: pytest.Config) ->
         wrapper.send(report)
     ((name, spent_s),) = report.user_properties
     assert name == CPU_S and spent_s >= 0.3
+
+
+def test_a_kernel_that_compiles_is_no_tests_cost() -> None:
+    before_s = cpu_s()
+    compiler = subprocess.Popen([sys.executable, "-c", "import time\nwhile time.process_time() < 0.3: pass"])
+    with uncounted():
+        compiler.wait()
+    assert cpu_s() - before_s < 0.25
 
 
 def test_a_suite_above_its_budget_fails(tmp_path: Path) -> None:

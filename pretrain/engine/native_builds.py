@@ -111,10 +111,9 @@ def finished_kernels_first() -> Iterator[None]:
         if library is not None:
             with contextlib.suppress(ImportError):  # a library that is not there any more: compile again
                 return _import(name, library)
-        shutil.rmtree(
-            extensions_root() / name, ignore_errors=True
-        )  # what a killed build, or other software, left
-        (extensions_root() / name).mkdir(parents=True)
+        folder = extensions_root() / name
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed build, or other software, left
+        folder.mkdir(parents=True)
         module: ModuleType = compile_and_load(name, *args, **kwargs)
         mark_finished(name, Path(f"{module.__file__}").name)
         return module
@@ -241,12 +240,7 @@ def is_built(builder: OpBuilder) -> bool:
 
 
 def _leave_symbols_out(builder: OpBuilder) -> None:
-    """Debug symbols take a third of the compiler's time and most of the room.
-
-    They stay where programs of DeepSpeed's own load the kernel too, and would compile it anew.
-    """
-    if builder.name in LOADED_FIRST:
-        return
+    """Debug symbols take a third of the compiler's time and most of the room."""
     all_words = builder.cxx_args
     builder.cxx_args = lambda: [word for word in all_words() if word != "-g"]
 

@@ -2,7 +2,8 @@
 
 Started by `megaloom tune-nvme` as a process: ``python -m pretrain.engine.nvme_tuner SCRIPTS WORDS...``.  It starts
 `ds_io` from the folder of its own script, for every measurement; both are written into SCRIPTS, so that this Python
-runs them and not whichever made the environment: another would compile the kernel anew.
+runs them and not whichever made the environment, and `ds_io` loads the kernel as ours do: by itself it would compile
+it anew wherever the kernel came from another environment.
 """
 
 import os
@@ -18,20 +19,31 @@ NO_LIBAIO = "asynchronous I/O needs libaio and its headers: apt-get install liba
 
 # DeepSpeed's scripts of these names (bin/ds_nvme_tune, bin/ds_io), without what the tuner prints at its end.
 TUNE = "from deepspeed.nvme import parse_sweep_arguments, sweep_main\nsweep_main(parse_sweep_arguments())\n"
-MEASURE = "from deepspeed.nvme import ds_io_main\nif __name__ == '__main__':\n    ds_io_main()\n"
+MEASURE = """from deepspeed.nvme import ds_io_main
+from pretrain.engine.nvme_tuner import load_kernel
+
+load_kernel()  # also in the processes that ds_io spawns
+if __name__ == "__main__":
+    ds_io_main()
+"""
 
 
 def main() -> None:
     if not libaio_is_there():
         sys.exit(f"error: {NO_LIBAIO}")
-    obstacle = build_obstacle(AsyncIOBuilder())
-    if obstacle is not None:
-        sys.exit(f"error: DeepSpeed's async_io does not build here: {obstacle}")
+    load_kernel()
     scripts = Path(sys.argv[1])
     tuner = write_script(scripts / "ds_nvme_tune", TUNE)
     write_script(scripts / "ds_io", MEASURE)
     with own_environment():
         os.execv(sys.executable, [sys.executable, str(tuner), *sys.argv[2:]])
+
+
+def load_kernel() -> None:
+    """Compiled if need be; DeepSpeed's builders return what this process has loaded."""
+    obstacle = build_obstacle(AsyncIOBuilder())
+    if obstacle is not None:
+        sys.exit(f"error: DeepSpeed's async_io does not build here: {obstacle}")
 
 
 def write_script(path: Path, code: str) -> Path:
