@@ -15,7 +15,7 @@ CHECKS := tests/architecture tests/pretrain/schedules $(wildcard tests/pretrain/
 SINCE ?= HEAD
 RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 
-# Runs and tests start many processes: each would compile our sources anew.
+# Runs and tests start many processes: without this, each compiles our sources again.
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help install demo demo-corpus demo-moe demo-bert demo-t5 test test-all test-changed check format bench clean

@@ -87,7 +87,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--run", default=RUN, metavar="FILE", help=f"another run on the same corpus than {RUN}"
+        "--run", default=RUN, metavar="FILE", help=f"another run file with held-out samples than {RUN}"
     )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES)
@@ -95,7 +95,7 @@ def main() -> None:
         "--all-blocks", action="store_true", help="the first and the last block in eight bits too"
     )
     words = parser.parse_args()
-    if not CORPUS.with_suffix(".bin").is_file():
+    if str(CORPUS) in Path(words.run).read_text("utf-8") and not CORPUS.with_suffix(".bin").is_file():
         sys.exit(f"{CORPUS}.bin is not there: make demo-corpus")
     with tempfile.TemporaryDirectory(prefix="megaloom-fp8-") as folder:
         runs = []

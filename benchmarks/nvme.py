@@ -56,6 +56,7 @@ class Size:
 
 
 SIZES = {
+    "small": Size(layers=2, width=512, ffn=1024, limit_bytes=1_200_000_000, steps=2, sequence=64),
     "100m": Size(layers=8, width=1024, ffn=2816, limit_bytes=1_200_000_000, steps=4, sequence=64),
     "1b": Size(layers=20, width=2048, ffn=5632, limit_bytes=5_000_000_000, steps=2, sequence=64),
 }
@@ -183,7 +184,11 @@ def watched(path: Path, place: Path, limit: int, *, saves: bool, num_steps: int)
     command = [sys.executable, "-m", "launch", "run", str(path), "--ranks", "1"]
     metrics, seen = place / NAME / "metrics.jsonl", Seen()
     with memory_group(limit) as enter, (place / "said.txt").open("w") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, preexec_fn=enter)
+        # The run is killed after its last step, and what it leaves behind is removed with ``place``.
+        environment = {**os.environ, "TMPDIR": str(place)}
+        process = subprocess.Popen(
+            command, env=environment, stdout=said, stderr=subprocess.STDOUT, preexec_fn=enter
+        )
         try:
             while process.poll() is None:
                 look(process.pid, seen)

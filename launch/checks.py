@@ -13,9 +13,7 @@ Level = Literal["ok", "warning", "broken"]
 MIB, GIB = 1 << 20, 1 << 30
 MEMLOCK_BYTES = GIB  # what an adapter registers of one rank's buffers soon exceeds anything less
 OPEN_FILES = 4096  # sockets of a rank grow with the world; corpora are open besides
-SHARED_BYTES_PER_RANK = (
-    128 * MIB
-)  # DeepSpeed's collectives on a CPU take 69 MB; NCCL's rings are of that size
+SHARED_BYTES_PER_RANK = 128 * MIB  # of the order of NCCL's rings between the GPUs of a host
 FOREIGN_MIB = 1024.0  # a driver alone holds some hundred
 SLOW_DISK_MB_PER_S, SLOW_NVME_MB_PER_S = 100.0, 1000.0
 SKEW_S = 1.0

@@ -100,7 +100,7 @@ def relative_positions_keep_their_attention(run: "Run") -> str | None:
 
 
 def shared_weights_are_reduced_once(run: "Run") -> str | None:
-    """Each recomputed layer has a backward pass of its own, which brings its own gradient of a shared weight.
+    """Each recomputed layer has a separate backward pass, with a separate gradient of a shared weight.
 
     Where ZeRO shards gradients it has reduced the first by then, and stops at the second (deepspeed/runtime/zero,
     stage_1_and_2.py and stage3.py: "Gradient computed twice for this partition").

@@ -1,7 +1,7 @@
-"""Equality does not depend on the instruction set or on the number of threads: sensitive tests once more, as on a CPU
-without vector instructions, with four threads.
+"""Equality does not depend on the instruction set or on the number of threads.
 
-torch, oneDNN and MKL each choose their kernels by themselves; other kernels sum in another order.
+Sensitive tests run a second time, as on a CPU without vector instructions, with four threads: torch, oneDNN and MKL
+each choose their kernels by themselves, and other kernels sum in another order.
 """
 
 import os
@@ -9,6 +9,8 @@ import subprocess
 import sys
 
 import pytest
+
+from tests.patience import patient_s
 
 OLD_CPU = {
     "ATEN_CPU_CAPABILITY": "default",
@@ -44,6 +46,6 @@ def test_sensitive_tests_pass_as_on_another_cpu() -> None:
         env=environment | OLD_CPU,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=patient_s(280),
     )
     assert found.returncode == 0, (found.stdout + found.stderr)[-6000:]

@@ -23,13 +23,12 @@ def group_name(groups: Groups) -> str:
     return f"ep_size_{groups.layout.ep}"
 
 
-def register_groups(groups: Groups, zero_stage: int) -> None:
-    """Tell DeepSpeed over which ranks experts are shared out and copied.
+def register_groups(groups: Groups, shared: dist.ProcessGroup) -> None:
+    """Give DeepSpeed the groups of ranks that share experts out, and that hold replicas of them.
 
-    It uses the first for norms alone: below stage 3 it sums over the tensor group besides, in stage 3 it does not.
+    It uses ``shared`` for norms alone: over it, squares of the experts' gradients are summed.
     """
     name = group_name(groups)
-    shared = groups.experts.ep if zero_stage == 3 else groups.experts.norm
     for registry, ranks, group in (
         (
             deepspeed_groups._EXPERT_PARALLEL_GROUP,
@@ -51,7 +50,8 @@ class ExpertMarks:
 
     def __init__(self, groups: Groups, zero_stage: int):
         self._groups, self._zero_stage = groups, zero_stage
-        register_groups(groups, zero_stage)
+        # Below stage 3, ZeRO's optimizers sum over the tensor group too (stage_1_and_2.py, get_grad_norm_direct).
+        register_groups(groups, groups.experts.ep if zero_stage == 3 else groups.experts.norm)
 
     def __call__(self, name: str, module: nn.Module) -> None:
         for parameter in routed_experts(module):
@@ -61,6 +61,13 @@ class ExpertMarks:
                 parameter.ds_zero_placement_family = "autoep_expert"
                 parameter.ds_zero_partition_group_name = parameter.group_name
                 parameter.ds_zero_partition_process_group = self._groups.experts.edp
+
+
+def sum_norms_over_whole_copies(groups: Groups) -> None:
+    """For DeepSpeed's BF16_Optimizer, which sums experts over no other group of a stage (runtime/utils.py,
+    get_norm_with_moe_layers): with the group of ZeRO's optimizers it left out the experts of other tensor ranks.
+    """
+    register_groups(groups, groups.experts.copy)
 
 
 def routed_experts(module: nn.Module) -> list[Any]:

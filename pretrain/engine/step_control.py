@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 
@@ -62,6 +63,8 @@ class StepControl(DeepSpeedEngine):
                 config=json,
                 config_class=config,
             )
+        if groups.layout.ep > 1 and isinstance(engine.optimizer, BF16_Optimizer):
+            experts.sum_norms_over_whole_copies(groups)
         tell_partitions(engine, groups)
         engine.model_group, engine.tp_rank = groups.model, groups.place.tp
         engine.routers, engine.routing_group = experts.routers(module), groups.experts.stage

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch import node
+from tests.patience import patient_s
 
 ENVIRONMENT = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK")
@@ -22,7 +23,9 @@ def started(
     world = base64.urlsafe_b64encode(json.dumps({"localhost": [0, 2]}).encode()).decode()
     command = [sys.executable, "-u", "-m", *module, "--log_level", log_level, f"--world_info={world}"]
     command += ["--node_rank=0", "--master_addr=127.0.0.1", "--master_port=1234", script]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=120)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=patient_s(120)
+    )
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
-"""A covering array of parity cells: every pair of features that a run may have stands in at least one cell.
+"""A covering array of parity cells: every pair of features that a run may have is in at least one cell.
 
-    python -m tests.parity.covering        # writes covering.json anew, after a feature was added here
+    python -m tests.parity.covering        # writes covering.json again, after a feature was added here
 
-Faults of a product of features are nearly always faults of two of them (Kuhn, Wallace, Gallo 2004, IEEE TSE 30(6)), so
-`make test` trains these cells, and `make test-all` the full tables beside this file.  Which pairs exist is asked of the
-rules of a run, not written down here: a pair that no run may have is one that the rules refuse.
+Most failures of combined features need only two of them (Kuhn, Wallace, Gallo 2004, IEEE TSE 30(6)), so `make test`
+trains these cells, and `make test-all` the full tables in the other files of this folder.  The rules of a run decide
+which pairs exist: a pair that is in no cell is one that they refuse, whatever else the run has.
 """
 
 import itertools
@@ -14,83 +14,46 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from pretrain.config_io import make_run
 from pretrain.errors import RunError
+from tests.parity.models import (
+    BERT,
+    DEEPSEEK,
+    ELECTRA,
+    FIM,
+    GPT2,
+    MOE,
+    PREFIX_LM,
+    ROBERTA,
+    T5,
+    T5_UL2,
+    UNTIED,
+    WINDOW,
+    Changes,
+)
 from tests.runs import make_corpus, tiny
 
 FILE = Path(__file__).with_name("covering.json")
 MAX_RANKS = 4
 SEED, TRIES = 1, 12
-MASKED_WORDS = {"kind": "mlm", "second_task": "next_sentence", "unit": "word"}
 Cell = dict[str, str]
-Changes = dict[str, Any]
+Pair = tuple[tuple[str, str], tuple[str, str]]
 
 MODELS: dict[str, Changes] = {
     "gpt": {},
-    "gpt2": {
-        "model__normalization": "layernorm",
-        "model__activation": "gelu",
-        "model__linear_bias": True,
-        "model__position_embedding": "learned",
-        "model__num_kv_heads": 4,
-        "model__qk_norm": False,
-    },
-    "window": {
-        "model__sliding_window": 8,
-        "model__activation": "squared_relu",
-        "model__position_embedding": "none",
-        "model__tie_embeddings": False,
-    },
+    "gpt2": GPT2,
+    "window": WINDOW | UNTIED,
     "mtp": {"model__mtp": {"depth": 2}},
-    "experts": {
-        "model__moe": {
-            "num_experts": 4,
-            "top_k": 2,
-            "ffn_hidden_size": 32,
-            "shared_ffn_hidden_size": 32,
-            "aux_loss": 0.01,
-            "z_loss": 0.001,
-        },
-    },
-    "deepseek": {
-        "model__preset": "tiny-deepseek",
-        "model__num_layers": 3,
-        "model__qk_norm": False,
-        "model__tie_embeddings": True,
-    },
-    "bert": {
-        "model": {"preset": "tiny-bert", "num_layers": 4, "vocab_size": None, "init_std": 0.1},
-        "data__objective": MASKED_WORDS,
-    },
-    "roberta": {
-        "model": {"preset": "tiny-bert", "num_layers": 4, "vocab_size": None, "init_std": 0.1},
-        "model__bert": {"norm": "pre", "token_types": 0, "sentence_head": False},
-        "model__tie_embeddings": False,
-        "data__objective": {"kind": "mlm", "unit": "span"},
-    },
-    "electra": {
-        "model": {"preset": "tiny-electra", "num_layers": 3, "vocab_size": None, "init_std": 0.1},
-        "data__objective": {"kind": "mlm", "replaced": True},
-    },
-    "t5": {
-        "model": {"preset": "tiny-t5", "num_layers": 3, "vocab_size": None, "init_std": 0.1},
-        "data__objective": {"kind": "span_corruption"},
-    },
-    "t5-ul2": {
-        "model": {"preset": "tiny-t5", "num_layers": 3, "vocab_size": None, "init_std": 0.1},
-        "model__activation": "geglu_tanh",
-        "model__tie_embeddings": False,
-        "model__position_embedding": "rotary",
-        "data__objective": {"kind": "span_corruption", "mixture": "ul2", "target_length": 24},
-    },
-    "fim": {"model__vocab_size": None, "data__objective": "fim"},
-    "prefix-lm": {
-        "model__vocab_size": None,
-        "model__attention": "prefix",
-        "data__objective": "prefix_lm",
-    },
+    "experts": {"model__moe": MOE},
+    "deepseek": DEEPSEEK,
+    "bert": BERT,
+    "roberta": {**ROBERTA, "model__bert__norm": "pre"},
+    "electra": ELECTRA,
+    "t5": T5,
+    "t5-ul2": T5_UL2,
+    "fim": FIM,
+    "prefix-lm": {"model__vocab_size": None, **PREFIX_LM},
 }
 PIPELINES: dict[str, Changes] = {
     "pp1": {},
@@ -137,9 +100,9 @@ OPTIMIZERS: dict[str, Changes] = {
     "AdamW": {},
     "Lion": {"optimizer__type": "Lion", "optimizer__lr": 1e-4},
     "AdamW8bit": {"optimizer__type": "AdamW8bit"},
-    "Adafactor": {"optimizer__type": "Adafactor", "optimizer__lr": 1e-2},
+    "Adafactor": {"optimizer__type": "Adafactor", "optimizer__lr": 1e-3},
 }
-FEATURES: dict[str, dict[str, Changes]] = {  # of each the first value goes with all others
+FEATURES: dict[str, dict[str, Changes]] = {  # the first value of each is the plainest
     "model": MODELS,
     "pipeline": PIPELINES,
     "zero": ZERO,
@@ -153,30 +116,26 @@ FEATURES: dict[str, dict[str, Changes]] = {  # of each the first value goes with
     "loss": {"logits": {}, "chunks": {"loss__chunk_tokens": 24}},
     "dropout": {"no-dropout": {}, "dropout": {"model__hidden_dropout": 0.1, "model__attention_dropout": 0.1}},
 }
+# From these cells, with a pair's two values and one further change, a run with that pair is looked for.
+BASES: tuple[Cell, ...] = (
+    {},
+    {"zero": "zero1"},
+    {"model": "window"},
+    {"model": "experts", "experts": "ep2", "zero": "zero1", "replicas": "dp2"},
+    {"model": "experts", "experts": "ep2", "zero": "zero1", "tensor": "tp2+sp"},
+    {"model": "experts", "experts": "ep2-etp2", "zero": "zero1", "tensor": "tp2+sp", "replicas": "dp2"},
+)
 WHAT_IS_COMPUTED = ("model", "optimizer", "documents", "dropout", "precision")  # all else is how
 # In bf16 every token takes every expert, or roundings would send it elsewhere.
 EVERY_EXPERT: dict[str, Changes] = {
     "experts": {"model__moe__top_k": 4},
     "deepseek": {"model__moe__top_k": 8, "model__moe__num_groups": None, "model__moe__group_top_k": None},
 }
-Pair = tuple[tuple[str, str], tuple[str, str]]
 
 
 def completed(cell: Mapping[str, str]) -> Cell:
     """With the plainest value of each feature that the cell does not name."""
-    found = {feature: cell.get(feature, next(iter(values))) for feature, values in FEATURES.items()}
-    if found["experts"] != "ep1":  # what experts are shared out over, unless the cell says otherwise
-        found["model"] = cell.get("model", "experts")
-        found["replicas"] = cell.get("replicas", "dp2")
-        if found["experts"] == "ep2-etp2":
-            found["tensor"] = cell.get("tensor", "tp2+sp")
-    if found["zero"] == "zero0" and ("zero" not in cell and found["experts"] != "ep1"):
-        found["zero"] = "zero1"
-    if found["precision"] == "bf16" and "zero" not in cell:
-        found["zero"] = "zero1"
-    if found["model"] in ("experts", "deepseek") and found["tensor"] == "tp2" and "tensor" not in cell:
-        found["tensor"] = "tp2+sp"
-    return found
+    return {feature: cell.get(feature, next(iter(values))) for feature, values in FEATURES.items()}
 
 
 def name(cell: Cell) -> str:
@@ -201,10 +160,6 @@ def changes(cell: Cell) -> Changes:
     return found
 
 
-def raw_run(cell: Cell, corpus: str, out: Path) -> dict[str, Any]:
-    return tiny(corpus, out, **changes(cell))
-
-
 def reference(cell: Cell) -> Cell:
     """The cell that computes the same in the plainest way: in one process, unless tensor ranks draw for themselves."""
     plain = {feature: cell[feature] for feature in WHAT_IS_COMPUTED}
@@ -220,7 +175,7 @@ def refusal(cell: Cell, corpus: str, out: Path) -> str | None:
     if num_ranks(cell) > MAX_RANKS:
         return "more ranks than a test has"
     try:
-        make_run(raw_run(cell, corpus, out), world_size=num_ranks(cell))
+        make_run(tiny(corpus, out, **changes(cell)), world_size=num_ranks(cell))
     except RunError as error:
         return str(error)
     return None
@@ -237,31 +192,49 @@ def pairs_of(cell: Cell) -> set[Pair]:
     return set(itertools.combinations(cell.items(), 2))
 
 
+def around(pair: Pair) -> Iterator[Cell]:
+    """Cells with this pair: the bases, then the bases with another value of one further feature."""
+    bases = [completed({**base, **dict(pair)}) for base in BASES]
+    yield from bases
+    for base, (feature, values) in itertools.product(bases, FEATURES.items()):
+        if feature not in dict(pair):
+            yield from ({**base, feature: value} for value in values)
+
+
 def generate(corpus: str, out: Path, *, seed: int = SEED, tries: int = TRIES) -> list[Cell]:
     """Greedy, after AETG (Cohen et al. 1997, IEEE TSE 23(7)): a pair that no cell has yet, with what adds most pairs.
 
-    allpairspy 2.5.1 leaves out one pair in seven that a run may have, since rules need whole runs to be asked.
+    A cell is another computation than its reference, or it would test nothing.  allpairspy 2.5.1 leaves out one pair
+    in seven that a run may have, since rules need whole runs to be asked.
     """
     chance = random.Random(seed)
 
     @cache
-    def is_allowed(values: tuple[str, ...]) -> bool:
-        return refusal(dict(zip(FEATURES, values, strict=True)), corpus, out) is None
+    def is_allowed_named(values: tuple[str, ...]) -> bool:
+        cell = dict(zip(FEATURES, values, strict=True))
+        return cell != reference(cell) and refusal(cell, corpus, out) is None
 
-    def cell_around(pair: Pair, missing: set[Pair]) -> Cell:
-        cell, fixed = completed(dict(pair)), {feature for feature, _ in pair}
-        for feature in chance.sample(sorted(FEATURES.keys() - fixed), len(FEATURES) - len(fixed)):
+    def is_allowed(cell: Cell) -> bool:
+        return is_allowed_named(tuple(cell.values()))
+
+    def grown(cell: Cell, pair: Pair, missing: set[Pair]) -> Cell:
+        """Feature by feature, the allowed value that adds most pairs."""
+        others = sorted(FEATURES.keys() - dict(pair).keys())
+        for feature in chance.sample(others, len(others)):
             changed = [{**cell, feature: value} for value in FEATURES[feature]]
             chance.shuffle(changed)
             changed.sort(key=lambda other: -len(pairs_of(other) & missing))
-            cell = next((other for other in changed if is_allowed(tuple(other.values()))), cell)
+            cell = next(filter(is_allowed, changed), cell)
         return cell
 
-    missing = {pair for pair in pairs() if is_allowed(tuple(completed(dict(pair)).values()))}
+    begun = {pair: next(filter(is_allowed, around(pair)), None) for pair in pairs()}
+    missing = {pair for pair, cell in begun.items() if cell is not None}
     found: list[Cell] = []
     while missing:
-        around = chance.sample(sorted(missing), min(tries, len(missing)))
-        cells = [cell_around(pair, missing) for pair in around]
+        cells = [
+            grown(begun[pair], pair, missing)  # type: ignore[arg-type]
+            for pair in chance.sample(sorted(missing), min(tries, len(missing)))
+        ]
         found.append(max(cells, key=lambda cell: len(pairs_of(cell) & missing) / num_ranks(cell) ** 0.5))
         missing -= pairs_of(found[-1])
     return found
@@ -275,7 +248,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cells = generate(make_corpus(Path(folder)), Path(folder) / "out")
     FILE.write_text(json.dumps([" ".join(cell.values()) for cell in cells], indent=0) + "\n")
-    print(f"{len(cells)} cells")
+    print(f"{len(cells)} cells of {len(set().union(*map(pairs_of, cells)))} pairs")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from tests.conftest import OneProcess
+from tests.parity.agreement import assert_same
+from tests.parity.models import BERT, T5, UNTIED
 from tests.parity.record import record_raw
-from tests.parity.test_layouts import assert_same
-from tests.parity.test_objectives import BERT, T5
 from tests.ranks import RankPool
 from tests.runs import tiny
 from tests.thorough import everyday
@@ -16,7 +16,6 @@ from tests.thorough import everyday
 STEPS = 4
 CHUNKS = {"loss": {"chunk_tokens": 24}}  # of the 64 tokens of a micro-batch: three, and not even
 SP2 = {"tp": 2, "sequence_parallel": True}
-UNTIED = {"model__tie_embeddings": False}
 AHEAD = {"model__mtp": {"depth": 2}}
 MASKED = {"data__documents": "reset", "data__mask_boundary_loss": True}
 ZB_V = {"schedule": "zb-v", "chunks": 2}
@@ -46,9 +45,7 @@ CELLS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # ranks, the m
 
 
 @pytest.mark.ranks
-@everyday(
-    "pp2-auto-ahead",
-)
+@everyday("pp2-auto-ahead")
 @pytest.mark.parametrize("name", CELLS)
 def test_chunks_compute_what_whole_logits_do(
     ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, name: str

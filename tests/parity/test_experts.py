@@ -6,21 +6,14 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.conftest import OneProcess
+from tests.parity.agreement import assert_same
+from tests.parity.models import DEEPSEEK, MOE
 from tests.parity.record import record_raw
-from tests.parity.test_layouts import assert_same
 from tests.ranks import RankError, RankPool
 from tests.runs import tiny
 from tests.thorough import everyday, rare
 
 STEPS = 3
-MOE = {
-    "num_experts": 4,
-    "top_k": 2,
-    "ffn_hidden_size": 32,
-    "shared_ffn_hidden_size": 32,
-    "aux_loss": 0.01,
-    "z_loss": 0.001,
-}
 
 
 class Cell(NamedTuple):
@@ -83,9 +76,7 @@ CELLS = (
 
 
 @pytest.mark.ranks
-@everyday(
-    "1",
-)
+@everyday("1")
 @pytest.mark.parametrize("zero", [1, 3])
 def test_sharing_out_experts_changes_nothing_expert_by_expert_over_20_steps(
     ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, zero: int
@@ -102,12 +93,6 @@ def test_sharing_out_experts_changes_nothing_expert_by_expert_over_20_steps(
     assert reference.losses[-1] < reference.losses[0] - 0.1, "the reference itself must learn"
 
 
-DEEPSEEK = {
-    "model__preset": "tiny-deepseek",
-    "model__num_layers": 3,
-    "model__qk_norm": False,
-    "model__tie_embeddings": True,
-}
 OPTIONS = {
     "sigmoid-groups-bias": {
         "score": "sigmoid",
@@ -185,9 +170,7 @@ PARTS = {
 
 
 @pytest.mark.ranks
-@everyday(
-    "inside-tp2+sp",
-)
+@everyday("inside-tp2+sp")
 @pytest.mark.parametrize(
     ("parts", "world_size", "changes"),
     [
@@ -213,9 +196,7 @@ def test_forgotten_parts_of_experts_and_latent_attention_come_back_in_every_layo
 
 
 @pytest.mark.ranks
-@everyday(
-    "2-{'layout':{'ep':2},'deepspeed':'zero2_cpu_offload.json'}",
-)
+@everyday("2-{'layout':{'ep':2},'deepspeed':'zero2_cpu_offload.json'}")
 @pytest.mark.parametrize(
     ("world_size", "changes"),
     [

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from pretrain.parity import Tensors, Trace
+from tests.parity.agreement import assert_same
+from tests.parity.models import MOE
 from tests.parity.record import record_fp64
-from tests.parity.test_layouts import assert_same
 from tests.ranks import RankPool
 from tests.runs import tiny
 from tests.thorough import everyday
@@ -31,14 +32,7 @@ EXACT = {
     "model__tie_embeddings": False,
 }
 TWO_MICRO_BATCHES = {"batch__global_size": 4}
-MOE = {
-    "num_experts": 4,
-    "top_k": 2,
-    "ffn_hidden_size": 32,
-    "shared_ffn_hidden_size": 32,
-    "aux_loss": 0.01,
-    "router_dtype": "fp64",
-}
+EXPERTS = {**MOE, "z_loss": 0.0, "router_dtype": "fp64"}
 EXPERT_TENSOR = {"layout": {"tp": 2, "sequence_parallel": True, "etp": 2}}
 SHARED_OUT = {"layout": {"tp": 2, "sequence_parallel": True, "ep": 2, "etp": 1}}
 TP = {"layout": {"tp": 2}}
@@ -50,7 +44,7 @@ ZERO_3 = {"deepspeed": "zero3.json"}
 FULL = {"recompute": "full", "deepspeed": "zero2.json"}
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {},
-    "experts": {"model__moe": MOE},
+    "experts": {"model__moe": EXPERTS},
     "latent": {"model__preset": "tiny-deepseek", "model__num_layers": 4, "model__qk_norm": False},
 }
 MOE_ACT = {"recompute": {"mode": "selective", "modules": ["moe_act"]}, "deepspeed": "zero2.json"}
@@ -135,12 +129,12 @@ def test_experts_shared_out_over_replicas_have_the_scales_of_one_process(
     ranks: RankPool, corpus: str, exact: Callable[..., Trace], out: Path
 ) -> None:
     """An expert then takes two replicas' tokens at once, and a gradient's blocks along tokens are others."""
-    changes = {"model__moe": MOE, "fp8": of("blockwise")}
+    changes = {"model__moe": EXPERTS, "fp8": of("blockwise")}
     raw = tiny(corpus, out, **EXACT, **changes, layout={"ep": 2}, deepspeed="moe.json")
     trace, reference = ranks.run(record_fp64, 2, raw, STEPS)[0], exact(**changes)
     assert trace.losses[0] == pytest.approx(reference.losses[0], rel=1e-6)
     assert trace.losses == pytest.approx(reference.losses, rel=2e-3)
-    rounding = apart(reference.gradients, exact(model__moe=MOE).gradients)
+    rounding = apart(reference.gradients, exact(model__moe=EXPERTS).gradients)
     assert rounding > 1e-3 and apart(trace.gradients, reference.gradients) < rounding / 2
 
 

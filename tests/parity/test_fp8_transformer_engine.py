@@ -16,9 +16,9 @@ from model_providers import building
 from model_providers.fp8 import choice
 from pretrain.parity import Trace
 from tests.model_providers.te_stand_in import stand_in
+from tests.parity.agreement import assert_same
 from tests.parity.record import record_fp64
 from tests.parity.test_fp8 import EXACT, TOLERANCE, apart
-from tests.parity.test_layouts import assert_same
 from tests.pretrain import test_resume
 from tests.ranks import RankPool
 from tests.runs import tiny

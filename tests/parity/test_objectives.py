@@ -6,48 +6,23 @@ from typing import Any
 import pytest
 
 from tests.conftest import OneProcess
+from tests.parity.agreement import assert_same
+from tests.parity.models import BERT, ELECTRA, FIM, PREFIX_LM, ROBERTA, T5, T5_UL2, Changes
 from tests.parity.record import record_raw
-from tests.parity.test_layouts import assert_same
 from tests.ranks import RankPool
 from tests.runs import tiny
 from tests.thorough import everyday
 
 STEPS = 3
-BERT = {
-    "model": {"preset": "tiny-bert", "num_layers": 4, "vocab_size": None, "init_std": 0.1},
-    "data__objective": {"kind": "mlm", "second_task": "next_sentence", "unit": "word"},
-}
-KINDS: dict[str, dict[str, Any]] = {
+KINDS: dict[str, Changes] = {
     "bert": BERT,
     "norms-before": {**BERT, "model__bert__norm": "pre", "data__objective__second_task": "sentence_order"},
-    "roberta": {
-        **BERT,
-        "model__bert": {"token_types": 0, "sentence_head": False},
-        "model__tie_embeddings": False,
-        "data__objective": {"kind": "mlm", "unit": "span"},
-    },
-}
-T5 = {
-    "model": {"preset": "tiny-t5", "num_layers": 3, "vocab_size": None, "init_std": 0.1},
-    "data__objective": {"kind": "span_corruption"},
-}
-KINDS |= {
+    "roberta": ROBERTA,
     "t5": T5,
-    "t5-1.1-ul2-rotary": {
-        **T5,
-        "model__activation": "geglu_tanh",
-        "model__tie_embeddings": False,
-        "model__position_embedding": "rotary",
-        "data__objective": {"kind": "span_corruption", "mixture": "ul2", "target_length": 24},
-    },
-}
-KINDS |= {
-    "electra": {
-        "model": {"preset": "tiny-electra", "num_layers": 3, "vocab_size": None, "init_std": 0.1},
-        "data__objective": {"kind": "mlm", "replaced": True},
-    },
-    "fim": {"model__vocab_size": None, "data__objective": "fim"},
-    "prefix-lm": {"model__attention": "prefix", "data__objective": "prefix_lm"},
+    "t5-1.1-ul2-rotary": T5_UL2,
+    "electra": ELECTRA,
+    "fim": FIM,
+    "prefix-lm": PREFIX_LM,
 }
 SP2 = {"tp": 2, "sequence_parallel": True}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

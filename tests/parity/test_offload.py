@@ -13,8 +13,8 @@ from pretrain.parity import Trace, compare
 from tests.conftest import OneProcess
 from tests.divided import HALF, two_devices
 from tests.opened import opened
+from tests.parity.agreement import assert_same
 from tests.parity.record import record_raw
-from tests.parity.test_layouts import assert_same
 from tests.ranks import RankPool
 from tests.runs import checked, tiny
 from tests.thorough import cells, everyday
@@ -36,9 +36,7 @@ COMPILE_S = 800  # a kernel's first use on a machine compiles it
 
 
 @pytest.mark.ranks
-@everyday(
-    "zero2_cpu_offload.json",
-)
+@everyday("zero2_cpu_offload.json")
 @pytest.mark.timeout(COMPILE_S)
 @pytest.mark.parametrize("name", ["zero2_cpu_offload.json", "zero3_cpu_offload.json"])
 def test_cpu_offload_computes_what_one_process_does(
@@ -118,9 +116,7 @@ def test_both_halves_hear_the_jsons_own_scheduler(
 
 
 @pytest.mark.ranks
-@everyday(
-    "fp32",
-)
+@everyday("fp32")
 @pytest.mark.parametrize("accumulate", ["fp32", "bf16"])
 def test_tied_weights_stay_tied_under_bf16_offload_and_pipeline(
     ranks: RankPool, corpus: str, out: Path, tmp_path: Path, accumulate: str

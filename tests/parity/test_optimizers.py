@@ -8,8 +8,9 @@ import pytest
 
 from pretrain.parity import compare
 from tests.conftest import OneProcess
+from tests.parity.agreement import assert_alike
+from tests.parity.models import UNTIED
 from tests.parity.record import record_muon, record_raw
-from tests.parity.test_layouts import assert_same
 from tests.ranks import RankPool
 from tests.runs import tiny
 from tests.thorough import cells, everyday
@@ -28,7 +29,6 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "GaLore": {"type": "GaLore", "lr": 4e-3, "params": {"rank": 16, "update_gap": 3, "scale": 0.5}},
 }
 BY_ROWS = ("Adafactor", "GaLore")
-UNTIED = {"model__tie_embeddings": False}
 # Pipelines, number formats and what lies across partitions; each against one process of the same numbers.
 LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "Adafactor pp2": ("Adafactor", 2, {"layout": {"pp": 2}, "deepspeed": "zero0.json"}),
@@ -44,14 +44,9 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
 
 
 @pytest.mark.ranks
-@everyday(
-    "AdamW-3",
-    "Muon-1",
-    "AdamW8bit-1",
-    "GaLore-1",
-)
-@pytest.mark.parametrize("stage", cells([1, 2, 3], thorough=["2"]))
-@pytest.mark.parametrize("name", cells(OPTIMIZERS, thorough=["Adam", "Adagrad", "SGD", "RAdam"]))
+@everyday("AdamW-3", "Muon-1", "AdamW8bit-1", "GaLore-1")
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_sharded_optimizers_do_what_whole_ones_do(
     ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, tmp_path: Path, name: str, stage: int
 ) -> None:
@@ -74,17 +69,6 @@ def test_sharded_optimizers_do_what_whole_ones_do(
     assert_alike(name, trace, reference)
 
 
-def assert_alike(name: str, trace: Any, reference: Any) -> None:
-    """Lion takes the sign of a difference of gradients: rounding flips single signs.  8-bit moments have a scale for
-    each 256 elements in a row, and a partition has other rows of 256.
-    """
-    if name == "AdamW8bit":
-        difference = compare(trace, reference)
-        assert difference.loss < 1e-4 and difference.weights < 1e-3 and difference.gradient < 1e-5, difference
-        return
-    assert_same(trace, reference, tolerance=1e-4 if name == "Lion" else 1e-5)
-
-
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     "case",
@@ -105,10 +89,7 @@ def test_light_optimizers_take_the_same_steps_in_every_layout(
 
 
 @pytest.mark.ranks
-@everyday(
-    "Muon",
-    "Adafactor",
-)
+@everyday("Muon", "Adafactor")
 @pytest.mark.parametrize("name", ["Lion", "Muon", "AdamW8bit", "Adafactor", "GaLore"])
 def test_light_optimizers_train(ranks: RankPool, corpus: str, out: Path, name: str) -> None:
     """In bf16 on two ranks, with warm-up, decay of weights and clipping where there is one: it falls by a sixth."""

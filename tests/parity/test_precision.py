@@ -26,13 +26,7 @@ CLOSE = 5e-3  # relative; measured 1e-3 after 20 steps
 
 
 @pytest.mark.ranks
-@everyday(
-    "dp2-zero1-bf16",
-    "dp2-zero2-fp32",
-    "dp2-zero3-cpu-fp32",
-    "pp2-fp32",
-    "pp2-bf16",
-)
+@everyday("dp2-zero1-bf16", "dp2-zero2-fp32", "dp2-zero3-cpu-fp32", "pp2-fp32", "pp2-bf16")
 @pytest.mark.parametrize("accumulate", ["fp32", "bf16"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_are_summed_in_the_format_asked_for(
@@ -49,10 +43,7 @@ def test_gradients_are_summed_in_the_format_asked_for(
 
 
 @pytest.mark.ranks
-@everyday(
-    "dp2-zero1",
-    "pp2",
-)
+@everyday("dp2-zero1", "pp2")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bf16_follows_fp32_in_every_layout(
     ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, layout: str

@@ -16,8 +16,8 @@ from pretrain.optim import learning_rate_factor
 from pretrain.parity import compare
 from pretrain.run import make_plan, pipeline_shape
 from tests.conftest import OneProcess
+from tests.parity.agreement import assert_same
 from tests.parity.record import record_raw
-from tests.parity.test_layouts import assert_same
 from tests.ranks import RankPool
 from tests.runs import tiny
 from tests.thorough import everyday, rare
@@ -115,19 +115,19 @@ def test_ours_is_deepspeeds_own_1f1b(ranks: RankPool, corpus: str, out: Path, pp
     [
         ("interleaved", {"recompute": "full"}),
         ("zb-v", {"recompute": {"mode": "full", "every": 2}}),
-        pytest.param("zb-h1", {"recompute": "full"}, marks=pytest.mark.thorough),
+        ("zb-h1", {"recompute": "full"}),
         (
             "interleaved-zb",
             {"recompute": {"mode": "selective", "modules": ["core_attn", "layernorm", "mlp"]}},
         ),
         ("zb-v", {"recompute": {"mode": "selective", "modules": ["layernorm", "mlp"]}}),
-        pytest.param("interleaved", {"data__documents": "reset"}, marks=pytest.mark.thorough),
+        ("interleaved", {"data__documents": "reset"}),
         ("zb-v", {"data__documents": "reset", "data__mask_boundary_loss": True}),
         ("zb-v", {"deepspeed": "zero0.json"}),
         ("interleaved", {"deepspeed": "zero0.json", "layout__messages": "batch"}),
         ("zb-v", {"layout__messages": "channel"}),
         ("interleaved", {"layout__partition": [0, 2, 4, 5, 9]}),
-        pytest.param("zb-h1", {"layout__partition": [0, 3, 9]}, marks=pytest.mark.thorough),
+        ("zb-h1", {"layout__partition": [0, 3, 9]}),
     ],
     ids=str,
 )
@@ -168,9 +168,7 @@ def test_schedules_go_with_tensor_and_data_parallelism(
 
 
 @pytest.mark.ranks
-@everyday(
-    "interleaved-bf16",
-)
+@everyday("interleaved-bf16")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["1f1b", "interleaved"])
 def test_zero_2_in_a_pipeline_computes_what_one_process_does(
@@ -187,9 +185,7 @@ def test_zero_2_in_a_pipeline_computes_what_one_process_does(
 
 
 @pytest.mark.ranks
-@everyday(
-    "interleaved-True",
-)
+@everyday("interleaved-True")
 @pytest.mark.parametrize(("name", "offload"), [("interleaved", True), ("zb-h1", True), ("zb-v", False)])
 def test_bf16_is_the_same_in_every_schedule(
     ranks: RankPool, corpus: str, out: Path, tmp_path: Path, name: str, offload: bool

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from pretrain.loop import Loop, TiesApart
 from tests.conftest import OneProcess
 from tests.opened import loop_on, opened
+from tests.parity.agreement import assert_same
 from tests.parity.record import record_raw
-from tests.parity.test_layouts import assert_same
 from tests.ranks import RankPool
 from tests.runs import tiny
 from tests.thorough import everyday
@@ -28,12 +28,7 @@ def drift(raw: dict[str, Any], steps: int) -> tuple[float, int]:
 
 
 @pytest.mark.ranks
-@everyday(
-    "2-1-fp32-offload",
-    "2-1-bf16-",
-    "2-1-bf16-offload",
-    "4-1-fp32-",
-)
+@everyday("2-1-fp32-offload", "2-1-bf16-", "2-1-bf16-offload", "4-1-fp32-")
 @pytest.mark.parametrize("offload", ["", OFFLOAD], ids=["", "offload"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize(("pp", "dp"), [(2, 1), (4, 1), (2, 2)])
@@ -85,9 +80,7 @@ def test_copies_that_come_apart_stop_the_run(ranks: RankPool, corpus: str, out: 
 
 
 @pytest.mark.ranks
-@everyday(
-    "{'pp': 2}",
-)
+@everyday("{'pp': 2}")
 @pytest.mark.parametrize("layout", [{"pp": 2}, {"pp": 2, "tp": 2, "sequence_parallel": True}], ids=str)
 def test_offload_under_a_pipeline_computes_what_one_process_does(
     ranks: RankPool, corpus: str, one_process: OneProcess, out: Path, tmp_path: Path, layout: dict[str, Any]

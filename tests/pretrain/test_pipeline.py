@@ -21,8 +21,8 @@ from pretrain.parity import Tensors
 from pretrain.run import make_plan, settle_schedule
 from tests.conftest import OneProcess
 from tests.opened import opened
+from tests.parity.agreement import assert_same
 from tests.parity.record import record_raw
-from tests.parity.test_layouts import assert_same
 from tests.pretrain.test_resume import eight, refused, train
 from tests.ranks import RankError, RankPool
 from tests.runs import tiny
