@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,13 @@ def run(
     )
 
 
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """For temporary files: of a short name, as sockets need."""
+    with tempfile.TemporaryDirectory(prefix="b") as folder:
+        yield Path(folder)
+
+
 def test_every_script_has_a_small_form() -> None:
     scripts = {path.stem for path in Path("benchmarks").glob("*.py")} - NO_SCRIPTS
     assert scripts == SMALL.keys() | LONGER.keys() | ELSEWHERE
@@ -61,13 +70,12 @@ def test_every_script_has_a_small_form() -> None:
 @everyday(*SMALL)
 @pytest.mark.timeout(800)  # the first use of a kernel compiles it
 @pytest.mark.parametrize("script", [*SMALL, *LONGER])
-def test_a_small_form_prints_its_table(script: str, corpus: str, tmp_path: Path) -> None:
+def test_a_small_form_prints_its_table(script: str, corpus: str, tmp_path: Path, folder: Path) -> None:
     if script == "nvme" and not libaio_is_there():
         pytest.skip("needs libaio (apt install libaio-dev)")
     arguments, line = (SMALL | LONGER)[script]
-    run_file, folder = tmp_path / "run.yaml", tmp_path / "temporary"
+    run_file = tmp_path / "run.yaml"
     run_file.write_text(yaml.safe_dump(tiny(corpus, tmp_path / "out")), "utf-8")
-    folder.mkdir()
     done = run(script, arguments.format(run_file=run_file, disk=folder), folder, limit_s=700)
     assert done.returncode == 0, done.stderr
     assert line in done.stdout, done.stdout

@@ -150,13 +150,13 @@ def test_deepspeeds_tuner_measures_a_disk(tmp_path: Path, monkeypatch: pytest.Mo
     space: tune_nvme.Space = {
         "block_size": ["1M"],
         "queue_depth": [8],
-        "io_parallel": [1, 2],
+        "io_parallel": [2],
         "sequential_requests": [False],
         "single_submit": [False],
     }
     told = StringIO()
     speeds = tune_nvme.sweep(tmp_path, space, megabytes=4, console=Console(file=told))
-    assert tune_nvme.STARTS.split()[0] in told.getvalue() and " of 4" in told.getvalue()
-    assert {setting.threads for setting in speeds} == {1, 2}
+    assert tune_nvme.STARTS.split()[0] in told.getvalue() and " of 2" in told.getvalue()
+    assert [setting.threads for setting in speeds] == [2]
     assert all(speed.read_bytes_per_s > 0 and speed.write_bytes_per_s > 0 for speed in speeds.values())
     assert not list(tmp_path.iterdir())
