@@ -81,13 +81,13 @@ def open_data(config: DataConfig, *, num_train_samples: int = 0, ranks: Ranks = 
     return opened
 
 
-def check_data(config: DataConfig) -> None:
+def check_data(config: DataConfig) -> TrainingData:
     """Open everything and build nothing: each corpus whole, each set long enough, one tokenizer for all.
 
     Raises:
         DataError: what is wrong, in the words with which `open_data` would refuse it.
     """
-    _open(config, IndexCache(config.cache or _cache_beside(config)))
+    return _open(config, IndexCache(config.cache or _cache_beside(config)))
 
 
 def _open(config: DataConfig, cache: IndexCache) -> TrainingData:

@@ -26,10 +26,12 @@ def main(argv: list[str]) -> None:
     """Exit code 0 when losses and norms agree, 1 when they differ."""
     words = parser().parse_intermixed_args(argv)
     num_ranks = words.ranks or max(1, num_gpus())
-    run = checked(words.run, words.words, num_ranks=num_ranks, deepspeed_config=words.deepspeed_config)
+    run = checked(
+        words.run, words.words, num_ranks=num_ranks, deepspeed_config=words.deepspeed_config, goes_on=False
+    )
     reference = [*words.words, *one_process(run)]
     reference_json = "zero0.json" if run.config.precision.dtype == "fp32" else "zero1.json"
-    checked(words.run, reference, num_ranks=1, deepspeed_config=reference_json)
+    checked(words.run, reference, num_ranks=1, deepspeed_config=reference_json, goes_on=False)
     with tempfile.TemporaryDirectory(prefix="megaloom-parity-") as folder:
         one, many = Path(folder) / "one.safetensors", Path(folder) / "many.safetensors"
         own_json = ["--deepspeed_config", words.deepspeed_config] if words.deepspeed_config else []

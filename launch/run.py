@@ -15,7 +15,7 @@ from launch.devices import device_type, num_gpus
 from launch.hostfile import Host, chosen, num_slots, read_hostfile
 from launch.supervise import Options, Supervisor, newest_checkpoint
 from model_providers.fp8.config import BACKENDS, RECIPES
-from pretrain.checkpoint.state import check_before_start
+from pretrain.checkpoint.fit import check_before_start
 from pretrain.config_io import Run, find_deepspeed_json, load_run
 from pretrain.config_rules import device_faults
 from pretrain.errors import RunError
@@ -31,7 +31,6 @@ def main(argv: list[str]) -> None:
     run = checked(
         words.run, words.words, num_ranks=num_ranks, deepspeed_config=words.deepspeed_config, hosts=wanted
     )
-    check_before_start(run)
     options = options_of(words, run, hosts, num_ranks)
     arguments = [words.run, *words.words]
     if words.deepspeed_config:
@@ -234,8 +233,12 @@ def checked(
     num_ranks: int,
     deepspeed_config: str | None = None,
     hosts: Sequence[Host] = (),
+    goes_on: bool = True,
 ) -> Run:
-    """The run, if nothing speaks against it; all faults at once otherwise, before any process starts."""
+    """The run, if nothing speaks against it; all faults at once otherwise, before any process starts.
+
+    ``goes_on``: from the checkpoint that it finds, or with the weights that it names.
+    """
     run = load_run(path, words, world_size=num_ranks, deepspeed_config=deepspeed_config)
     faults = [] if hosts else here_faults(run, num_ranks)
     if run.layout.dispatcher == "hierarchical" and len(hosts) < 2:
@@ -245,7 +248,9 @@ def checked(
         )
     if faults:
         raise RunError("\n".join(faults))
-    check_data(run.config.data)
+    data = check_data(run.config.data)
+    if goes_on:
+        check_before_start(run, data)
     return run
 
 

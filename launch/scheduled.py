@@ -15,7 +15,6 @@ from launch.hostfile import Host
 from launch.keeper import PLAIN
 from launch.run import checked, not_negative, positive
 from launch.words import HARMLESS
-from pretrain.checkpoint.state import check_before_start
 from pretrain.checkpoint.store import LATEST, folder_name
 from pretrain.config_io import Run
 from pretrain.errors import RunError
@@ -104,7 +103,6 @@ def scheduled(words: argparse.Namespace) -> Scheduled:
         deepspeed_config=words.deepspeed_config,
         hosts=nodes,
     )
-    check_before_start(run)
     if words.cpu and run.config.kernels == "te":
         raise RunError(
             "kernels=te with --cpu: Transformer Engine needs CUDA; leave --cpu out, or kernels=auto"

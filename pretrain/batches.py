@@ -51,12 +51,20 @@ def open_run_data(run: Run, groups: Groups) -> TrainingData:
 
 
 class Feed:
-    """A run's training steps, on the device; its whole state is ``consumed_samples``."""
+    """A run's training steps, on the device; its whole state is what it has consumed."""
 
-    def __init__(self, source: SampleSource, run: Run, groups: Groups, *, consumed_samples: int):
-        self.consumed_samples = consumed_samples
+    def __init__(
+        self,
+        source: SampleSource,
+        run: Run,
+        groups: Groups,
+        *,
+        consumed_samples: int,
+        consumed_tokens: int = 0,
+    ):
+        self.consumed_samples, self.consumed_tokens = consumed_samples, consumed_tokens
         self._groups, self._num_micro_batches = groups, run.num_micro_batches
-        self._samples_per_step = run.global_size
+        self.samples_per_step, self._tokens_per_step = run.global_size, run.tokens_per_step
         self._loader: SampleLoader | None = None
         if holds_data(groups):
             shape = step_shape(groups, micro_size=run.micro_size, num_micro_batches=run.num_micro_batches)
@@ -64,7 +72,8 @@ class Feed:
 
     def next_step(self) -> StepBatches:
         """This rank's micro-batches of the next step."""
-        self.consumed_samples += self._samples_per_step
+        self.consumed_samples += self.samples_per_step
+        self.consumed_tokens += self._tokens_per_step
         if self._loader is None:
             return [None] * self._num_micro_batches
         return to_device(next(self._loader), self._groups)

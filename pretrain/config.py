@@ -211,6 +211,10 @@ class CheckpointConfig(Facts):
     upcycle: bool = Field(
         False, description="weights_from is dense, and every expert begins as a copy of its MLP"
     )
+    allow_changed: tuple[str, ...] = Field(
+        (),
+        description="facts that may differ from those of weights_from, such as model.rotary_base or tokenizer",
+    )
 
 
 class MonitorConfig(Facts):

@@ -278,6 +278,16 @@ def checkpoints_to_begin_from_are_there(run: "Run") -> str | None:
     return None
 
 
+def changed_facts_are_of_other_weights(run: "Run") -> str | None:
+    checkpoint = run.config.checkpoint
+    if checkpoint.allow_changed and checkpoint.weights_from is None:
+        return (
+            f"checkpoint.allow_changed=[{', '.join(checkpoint.allow_changed)}]: against what? it goes with "
+            "checkpoint.weights_from; leave it out"
+        )
+    return None
+
+
 def output_folder_can_be_made(run: "Run") -> str | None:
     there = next(folder for folder in (run.folder, *run.folder.absolute().parents) if folder.exists())
     if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
@@ -297,6 +307,7 @@ RULES: tuple[Rule, ...] = (
     accumulation_dtype_is_legal,
     partitioned_messages_need_whole_activations,
     checkpoints_to_begin_from_are_there,
+    changed_facts_are_of_other_weights,
     output_folder_can_be_made,
     *FP8_RULES,
     *OFFLOAD_RULES,
@@ -308,5 +319,6 @@ RULES: tuple[Rule, ...] = (
 RULES_OF_THIS_MACHINE: tuple[Rule, ...] = (
     nvme_needs_a_folder,
     checkpoints_to_begin_from_are_there,
+    changed_facts_are_of_other_weights,
     output_folder_can_be_made,
 )

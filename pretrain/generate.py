@@ -19,7 +19,7 @@ from model_providers.fp8.config import Fp8Config
 from model_providers.generation import generation_cache, next_logits
 from model_providers.layer_plan import LayerPlan
 from model_providers.layout import Layout, TensorPlace
-from pretrain.checkpoint import store
+from pretrain.checkpoint import manifest, store
 from pretrain.checkpoint.store import CONFIG, TOKENIZER, WEIGHTS
 from pretrain.checkpoint.weights import WeightLoader
 from pretrain.config import RunConfig
@@ -154,7 +154,7 @@ def whole_checkpoint(path: Path) -> Path:
     """The checkpoint that ``path`` means; of a run's, the newest whose weights are whole."""
     newest = store.wanted(path, key="checkpoint")
     for folder in [newest] if newest == path else store.checkpoints(newest.parent):
-        fault = next(store.faults(folder, without=store.ENGINE), None)
+        fault = next(manifest.faults(folder, without=store.ENGINE), None)
         if fault is None:
             return folder
         print(f"{folder} is damaged ({fault}); passed over", file=sys.stderr)

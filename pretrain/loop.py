@@ -111,6 +111,8 @@ class Loop:
         record = metrics.record(
             step + 1,
             result,
+            samples=self.feed.consumed_samples,
+            tokens=self.feed.consumed_tokens,
             learning_rate=learning_rate,
             elapsed_s=time.perf_counter() - started_s,
             phases_s=phases_s,
@@ -118,10 +120,11 @@ class Loop:
         if run.config.train.stop_on_nan and guard.objects(result):
             self._tell(record, always=True)
             where = first_non_finite(engine, batches, seed=lambda: seed(run, engine, step))
+            last = self.feed.consumed_samples - 1
             raise NotFinite(
                 f"step {step + 1}: loss {result.loss}, gradient norm {result.grad_norm}; {where}. The "
                 f"weights are those of step {step}; the last checkpoint stands. Lower optimizer.lr, or look "
-                f"at samples {step * run.global_size} to {(step + 1) * run.global_size - 1}; "
+                f"at samples {last + 1 - self.feed.samples_per_step} to {last}; "
                 "train.stop_on_nan=false skips such steps instead"
             )
         if self.eight_bits is not None:

@@ -25,9 +25,11 @@ from model_providers.layer_plan import (
 )
 from model_providers.losses import WeightedLoss
 from pretrain.batches import Feed, open_run_data
-from pretrain.checkpoint import save_load, store
-from pretrain.checkpoint.state import RunState, layout_of, model_of, optimizer_of
-from pretrain.checkpoint.store import TOKENIZER, WEIGHTS, folder_name, write_whole
+from pretrain.checkpoint import save_load
+from pretrain.checkpoint.fit import check_same_order, told_at_resume
+from pretrain.checkpoint.source import check_source
+from pretrain.checkpoint.state import RunState, state_of
+from pretrain.checkpoint.store import TOKENIZER, WEIGHTS, write_whole
 from pretrain.checkpoint.upcycle import Upcycler
 from pretrain.checkpoint.weights import WeightLoader
 from pretrain.config import RecomputeConfig
@@ -55,7 +57,6 @@ from pretrain.run_file import to_yaml
 
 log = logging.getLogger(__name__)
 
-SAMPLES_COMPARED = 8  # of those that come next, when a run resumes
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -71,16 +72,19 @@ def train(run: Run) -> Outcome:
     plan = make_plan(run, groups)
     run, groups = settle_schedule(run, plan, groups)
     checkpoint = save_load.find(run, groups)
-    engine = make_engine(run, plan, groups)
+    engine = make_engine(run, plan, groups, begins=checkpoint is None, data=data)
     engine.timers.heartbeat = heartbeat
-    state = save_load.load(checkpoint, engine) if checkpoint else make_state(run, data, step=0)
+    state = save_load.load(checkpoint, engine) if checkpoint else state_of(run, data, step=0)
     check_same_order(state, data, run)
-    feed = Feed(data.train, run, groups, consumed_samples=state.consumed_samples)
+    feed = make_feed(run, data, groups, state)
     eight_bits = make_eight_bits_watch(run, engine)
     barred = eight_bits.barred if eight_bits is not None else []
     sinks = (
         open_run_log(console, run, engine, plan, data, checkpoint, state, barred) if groups.is_first else []
     )
+    if checkpoint and groups.is_first:
+        for line in told_at_resume(state, run):
+            log.warning("%s", line)
     if state.step >= run.config.train.steps and groups.is_first:
         log.info("all %d steps are done already; raise train.steps to go on, or use another name", state.step)
     loop = Loop(
@@ -89,7 +93,7 @@ def train(run: Run) -> Outcome:
         feed=feed,
         evaluate=lambda: evaluate_all(engine, data.validation, run),
         test=lambda: evaluate_all(engine, data.test, run),
-        save=lambda step: save(run, engine, data, step),
+        save=lambda step: save(run, engine, data, step, feed),
         sinks=sinks,
         watch=make_watch(run, engine, first_step=state.step),
         eight_bits=eight_bits,
@@ -202,13 +206,30 @@ def make_fp8(run: Run, groups: Groups) -> Fp8Config | None:
     return fp8
 
 
-def make_engine(run: Run, plan: LayerPlan, groups: Groups) -> Engine:
-    """The engine that the layout asks for, with initial weights from the seed or from `checkpoint.weights_from`."""
+def make_feed(run: Run, data: TrainingData, groups: Groups, state: RunState) -> Feed:
+    """The samples from where ``state`` stands."""
+    return Feed(
+        data.train,
+        run,
+        groups,
+        consumed_samples=state.consumed_samples,
+        consumed_tokens=state.consumed_tokens,
+    )
+
+
+def make_engine(
+    run: Run, plan: LayerPlan, groups: Groups, *, begins: bool = True, data: TrainingData | None = None
+) -> Engine:
+    """The engine that the layout asks for, with initial weights from the seed or from `checkpoint.weights_from`.
+
+    ``begins``: no checkpoint of the run is loaded later; ``data``: must be in the vocabulary of those weights.
+    """
     document = preflight.prepare_native_parts(dict(run.deepspeed), groups)
     arguments: dict[str, Any] = {"json": document, "optimizer": run.config.optimizer}
-    source = run.config.checkpoint.weights_from
+    source = save_load.find_source(run, groups) if begins else None
     if source is not None:
-        folder = store.wanted(source, key="checkpoint.weights_from") / WEIGHTS
+        check_source(run, source, data)
+        folder = source / WEIGHTS
         place, tied = run.layout.tensor_place(groups.rank), tied_names(plan)
         arguments["prepare"] = [
             Upcycler(folder, place, tied=tied, model=run.config.model)
@@ -260,37 +281,16 @@ def make_eight_bits_watch(run: Run, engine: Engine) -> EightBitsWatch | None:
     return EightBitsWatch(engine, fp8, micro_size=run.micro_size, wide=run.config.precision.dtype)
 
 
-def make_state(run: Run, data: TrainingData, *, step: int) -> RunState:
-    """What a checkpoint after ``step`` steps must remember."""
-    consumed_samples = step * run.global_size
-    return RunState(
-        step=step,
-        consumed_samples=consumed_samples,
-        tokens=step * run.tokens_per_step,
-        layout=layout_of(run),
-        model=model_of(run),
-        data_fingerprint=data.fingerprint(),
-        next_samples=data.next_samples_hash(consumed_samples, num_samples=SAMPLES_COMPARED),
-        seed=run.config.train.seed,
-        optimizer=optimizer_of(run),
-    )
-
-
-def check_same_order(state: RunState, data: TrainingData, run: Run) -> None:
-    """A resumed run must meet the samples that it would have met."""
-    found = data.next_samples_hash(state.consumed_samples, num_samples=SAMPLES_COMPARED)
-    if (state.data_fingerprint, state.next_samples) != (data.fingerprint(), found):
-        raise RunError(
-            "data: the corpora, their weights, data.split, data.sequence_length, data.objective or data.seed differ "
-            f"from those of the checkpoint at step {state.step}, so samples would repeat or be left out: put them "
-            "back; or start another run from these weights (name=..., "
-            f"checkpoint.weights_from={save_load.checkpoint_root(run) / folder_name(state.step)})"
-        )
-
-
-def save(run: Run, engine: Engine, data: TrainingData, step: int) -> None:
+def save(run: Run, engine: Engine, data: TrainingData, step: int, feed: Feed) -> None:
     """A checkpoint after ``step`` steps."""
-    folder = save_load.save(run, engine, make_state(run, data, step=step), run.folder / TOKENIZER)
+    state = state_of(
+        run,
+        data,
+        step=step,
+        consumed_samples=feed.consumed_samples,
+        consumed_tokens=feed.consumed_tokens,
+    )
+    folder = save_load.save(run, engine, state, run.folder / TOKENIZER)
     if engine.groups.is_first:
         log.info("saved %s" if folder else "NOT saved for want of disk space: step %s", folder or step)
 

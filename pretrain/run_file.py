@@ -18,12 +18,23 @@ from pretrain.errors import RunError
 def read_yaml(path: Path) -> dict[str, Any]:
     """A run file as a nested dict; one line if it is missing or broken."""
     try:
-        raw = yaml.load(path.read_text("utf-8"), Loader=_StrictLoader)
+        text = path.read_text("utf-8")
     except FileNotFoundError:
         raise RunError(f"{path}: no such run file{_shipped()}") from None
     except IsADirectoryError:
         raise RunError(f"{path}: is a folder; give a run file{_shipped()}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as fault:
+    except UnicodeDecodeError as fault:
+        raise RunError(f"{path}: not valid YAML: {_told(fault)}") from None
+    except OSError as fault:
+        raise RunError(f"{path}: cannot be read: {fault.strerror}") from None
+    return parse_yaml(text, path)
+
+
+def parse_yaml(text: str, path: Path) -> dict[str, Any]:
+    """The same of its text; ``path`` is for messages."""
+    try:
+        raw = yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as fault:
         raise RunError(f"{path}: not valid YAML: {_told(fault)}") from None
     if not isinstance(raw, dict):
         raise RunError(f"{path}: must hold keys and values, such as `model: {{preset: demo}}`")
@@ -42,7 +53,7 @@ def parse_words(words: Iterable[str]) -> Iterable[tuple[str, Any]]:
             raise RunError(f"{word!r}: the value is not valid YAML: {_told(fault)}") from None
 
 
-def _told(fault: yaml.YAMLError | UnicodeDecodeError) -> str:
+def _told(fault: Exception) -> str:
     mark, problem = getattr(fault, "problem_mark", None), getattr(fault, "problem", None)
     return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark and problem else str(fault)
 

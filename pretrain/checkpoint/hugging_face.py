@@ -26,7 +26,7 @@ from model_providers.hugging_face import entries
 from model_providers.hugging_face.architectures import config_to_hugging_face, model_from_hugging_face
 from model_providers.hugging_face.weights import entries_of, their_name, without_heads
 from model_providers.layout import Layout, TensorPlace
-from pretrain.checkpoint import store
+from pretrain.checkpoint import manifest, store
 from pretrain.checkpoint.store import CONFIG, TOKENIZER, WEIGHTS
 from pretrain.checkpoint.weights import WeightFolder, state_of, write_layer
 from pretrain.config import RunConfig
@@ -109,7 +109,7 @@ def import_checkpoint(source: Path, out: Path, *, sequence_length: int | None = 
         config = _run_config(out.name, model, sequence_length)
         (folder / CONFIG).write_text(to_yaml(config), "utf-8")
         _keep_tokenizer(source, folder / TOKENIZER)
-        store.complete(folder, [store.record(folder, path) for path in store.files_of(folder)])
+        store.complete(folder, [manifest.record(folder, path) for path in manifest.files_of(folder)])
     if not absent:
         return []
     return [f"an encoder alone: {', '.join(entry.ours for entry in absent)} keep initial weights"]

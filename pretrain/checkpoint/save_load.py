@@ -16,11 +16,13 @@ from typing import Any
 import deepspeed
 import torch.distributed as dist
 
-from pretrain.checkpoint import store
-from pretrain.checkpoint.state import RunState, check_fits
+from pretrain.checkpoint import manifest, store
+from pretrain.checkpoint.fit import check_fits
+from pretrain.checkpoint.state import RunState, read_state, readable_state
 from pretrain.checkpoint.store import CONFIG, ENGINE, STATE, TOKENIZER, WEIGHTS
 from pretrain.checkpoint.weights import ExpertRestorer, state_of, write_layer
 from pretrain.config_io import Run
+from pretrain.engine import plain_loads
 from pretrain.engine.base import Engine
 from pretrain.engine.groups import Groups, wait_for_all
 from pretrain.engine.layers import tied_names
@@ -101,7 +103,8 @@ def find(run: Run, groups: Groups) -> Path | None:
         folder = Path(name)
         faults = _faults_together(folder, groups)
         if not faults:
-            check_fits(RunState.read(folder / STATE), run, folder)
+            check_fits(read_state(folder), run, folder)
+            _refuse_strangers(folder, groups)
             if groups.is_first:
                 for other in damaged:
                     store.set_aside(other)
@@ -117,19 +120,41 @@ def find(run: Run, groups: Groups) -> Path | None:
     return None
 
 
+def _refuse_strangers(folder: Path, groups: Groups) -> None:
+    """Each rank looks into its share of DeepSpeed's files; all of them refuse what one has found."""
+    files = sorted((folder / ENGINE).rglob("*.pt"))[groups.rank :: groups.layout.world_size]
+    found: list[str | None] = [None] * groups.layout.world_size
+    dist.all_gather_object(found, plain_loads.first_stranger(files))
+    what = next((words for words in found if words is not None), None)
+    if what is not None:
+        raise RunError(plain_loads.refusal(folder, what))
+
+
+def find_source(run: Run, groups: Groups) -> Path | None:
+    """The checkpoint whose weights a new run begins with, whole; every rank calls it and gets the same answer."""
+    source = run.config.checkpoint.weights_from
+    if source is None:
+        return None
+    damage = ""
+    for folder in store.meant(source, key="checkpoint.weights_from"):
+        faults = _faults_together(folder, groups, without=ENGINE)
+        if not faults:
+            return folder
+        damage = damage or _damage(folder, faults)
+        if groups.is_first:
+            log.warning("%s", _damage(folder, faults))
+    raise RunError(f"checkpoint.weights_from={source}: {damage}, and there is no whole one to begin with")
+
+
 def placement_of_newest(run: Run, groups: Groups) -> dict[str, Any] | None:
     """Where layers lay in the newest checkpoint that this run may go on from; None without one."""
     found = None
     if groups.is_first:
         names, _ = _candidates(run)
-        layouts = [
-            RunState.read(Path(name) / STATE).layout for name in names if (Path(name) / STATE).is_file()
-        ]
-        found = (
-            {key: layouts[0][key] for key in ("chunks", "placement") if key in layouts[0]}
-            if layouts
-            else None
-        )
+        states = (readable_state(Path(name)) for name in names)
+        layout = next((state.layout for state in states if state is not None), None)
+        if layout is not None:
+            found = {key: layout[key] for key in ("chunks", "placement") if key in layout}
     return _told_by_first(groups, found)
 
 
@@ -172,7 +197,7 @@ def load(folder: Path, engine: Engine) -> RunState:
         restore = ExpertRestorer(folder / WEIGHTS, groups.layout.tensor_place(groups.rank))
         for layer in engine.layers:
             restore(layer.plan.name, layer.module)
-    return RunState.read(folder / STATE)
+    return read_state(folder)
 
 
 def ranks_share_a_disk(folder: Path, groups: Groups) -> bool:
@@ -189,20 +214,21 @@ def ranks_share_a_disk(folder: Path, groups: Groups) -> bool:
     return not blind
 
 
-def _hash_together(folder: Path, groups: Groups) -> list[store.FileRecord]:
+def _hash_together(folder: Path, groups: Groups) -> list[manifest.FileRecord]:
     """Each rank hashes its share of the files; the first rank gets all records."""
     mine = [
-        store.record(folder, path) for path in store.files_of(folder)[groups.rank :: groups.layout.world_size]
+        manifest.record(folder, path)
+        for path in manifest.files_of(folder)[groups.rank :: groups.layout.world_size]
     ]
-    gathered: list[list[store.FileRecord] | None] | None = (
+    gathered: list[list[manifest.FileRecord] | None] | None = (
         [None] * groups.layout.world_size if groups.is_first else None
     )
     dist.gather_object(mine, gathered)
     return [item for share in gathered or [] for item in share or []]
 
 
-def _faults_together(folder: Path, groups: Groups) -> list[str]:
-    mine = list(store.faults(folder, share=groups.rank, shares=groups.layout.world_size))
+def _faults_together(folder: Path, groups: Groups, *, without: str | None = None) -> list[str]:
+    mine = list(manifest.faults(folder, share=groups.rank, shares=groups.layout.world_size, without=without))
     gathered: list[list[str] | None] = [None] * groups.layout.world_size
     dist.all_gather_object(gathered, mine)
     return [fault for share in gathered for fault in share or []]
@@ -213,7 +239,7 @@ def _has_room(root: Path) -> bool:
     earlier = store.checkpoints(root)
     if not earlier:
         return True
-    needed = SPARE_SPACE * sum(path.stat().st_size for path in store.files_of(earlier[0]))
+    needed = SPARE_SPACE * sum(path.stat().st_size for path in manifest.files_of(earlier[0]))
     free = shutil.disk_usage(root).free
     if free < needed:
         log.warning("no checkpoint: %.2f GB free under %s, %.2f GB needed", free / 1e9, root, needed / 1e9)

@@ -5,32 +5,20 @@ disk and only then renamed to `step-000100`; `latest` is rewritten last, by rena
 same road backwards.  So whatever moment a machine dies at, what carries a proper name is complete.
 """
 
-import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import xxhash
-
+from pretrain.checkpoint import manifest
+from pretrain.checkpoint.manifest import MANIFEST, FileRecord
 from pretrain.errors import RunError
 
 # What stands in a checkpoint's folder: DeepSpeed's files, the weights, RunState, the run file, the tokenizer.
 ENGINE, WEIGHTS, STATE, CONFIG, TOKENIZER = "deepspeed", "weights", "state.json", "run.yaml", "tokenizer"
-MANIFEST = "manifest.json"
 LATEST = "latest"
 PARTIAL = ".partial"
 DAMAGED = ".damaged"
-READ_BYTES = 1 << 22
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    path: str  # relative to the checkpoint's folder
-    bytes: int
-    xxh3: str
 
 
 def folder_name(step: int) -> str:
@@ -49,26 +37,9 @@ def partial_folder(root: Path, step: int) -> Path:
     return folder
 
 
-def files_of(folder: Path) -> list[Path]:
-    """All files of a checkpoint in a fixed order, the manifest left out."""
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-
-
-def record(folder: Path, path: Path) -> FileRecord:
-    """Size and hash of one file, which is flushed to disk on the way."""
-    digest, size = xxhash.xxh3_64(), 0
-    with path.open("rb") as file:
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-            size += len(block)
-        os.fsync(file.fileno())
-    return FileRecord(str(path.relative_to(folder)), size, digest.hexdigest())
-
-
 def complete(folder: Path, records: list[FileRecord]) -> Path:
     """Write the manifest, give the folder its proper name and point `latest` at it."""
-    listing = {"files": [vars(item) for item in sorted(records, key=lambda item: item.path)]}
-    write_whole(folder / MANIFEST, json.dumps(listing, indent=1) + "\n")
+    write_whole(folder / MANIFEST, manifest.to_text(records))
     final = folder.with_name(folder.name.removesuffix(PARTIAL))
     if final.exists():
         remove(final)
@@ -128,6 +99,12 @@ def checkpoint_in(path: Path) -> Path | None:
     return next((folder for root in (path, path / "checkpoints") for folder in checkpoints(root)), None)
 
 
+def meant(path: str | Path, *, key: str) -> list[Path]:
+    """Those that will do, the best first: of a run's folder all, of a checkpoint's own itself alone."""
+    newest = wanted(path, key=key)
+    return [newest] if newest == Path(path) else checkpoints(newest.parent)
+
+
 def wanted(path: str | Path, *, key: str) -> Path:
     """The same; a `RunError` that names ``key`` where there is none."""
     folder = checkpoint_in(Path(path))
@@ -136,25 +113,3 @@ def wanted(path: str | Path, *, key: str) -> Path:
             f"{key}={path}: no checkpoint there; give a run's folder, or a step-... folder in its checkpoints"
         )
     return folder
-
-
-def faults(folder: Path, *, share: int = 0, shares: int = 1, without: str | None = None) -> Iterator[str]:
-    """What is wrong with a checkpoint.
-
-    Of its files only every ``shares``-th is looked at, from ``share`` on, and none below the folder ``without``.
-    """
-    try:
-        listed = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
-        yield f"no readable {MANIFEST}"
-        return
-    for item in listed[share::shares]:
-        if without is not None and item["path"].startswith(f"{without}/"):
-            continue
-        path = folder / item["path"]
-        if not path.is_file():
-            yield f"{item['path']}: missing"
-        elif (size := path.stat().st_size) != item["bytes"]:
-            yield f"{item['path']}: {size} bytes instead of {item['bytes']}"
-        elif record(folder, path).xxh3 != item["xxh3"]:
-            yield f"{item['path']}: its content changed since it was written"

@@ -18,6 +18,7 @@ from pretrain.engine import swapped_states, twin_flow
 from pretrain.engine.cpu_adam import replay_products
 from pretrain.engine.groups import Groups
 from pretrain.engine.layers import BuiltLayer
+from pretrain.engine.plain_loads import plain_data_only
 from pretrain.engine.step_control import StepControl
 from pretrain.monitor.timers import PhaseTimers
 
@@ -122,9 +123,10 @@ class Engine(ABC):
             {key: value for key, value in group.items() if key in SETTINGS}
             for group in self.deepspeed.optimizer.param_groups
         ]
-        with self.deepspeed.in_plain_files():
+        with self.deepspeed.in_plain_files(), plain_data_only(folder.parent):
             path, told = self.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
         assert path is not None, f"DeepSpeed found nothing to load under {folder}"
+        _clip_as_stated(self.deepspeed)
         for group, stated in zip(self.deepspeed.optimizer.param_groups, settings, strict=True):
             group.update(stated)
         unknown = self.deepspeed.eight_bits.restore(told.get(EIGHT_BITS, {}))
@@ -148,3 +150,9 @@ class Engine(ABC):
     def _loss_scale(self) -> float:
         scale = self.deepspeed._get_optimizer_loss_scale() if self.deepspeed.fp16_enabled() else None
         return 1.0 if scale is None else float(scale)
+
+
+def _clip_as_stated(engine: StepControl) -> None:
+    """DeepSpeed's optimizers take the limit from the checkpoint (zero/stage_1_and_2.py, bf16_optimizer.py, fp16/)."""
+    if hasattr(engine.optimizer, "clip_grad"):
+        engine.optimizer.clip_grad = engine.gradient_clipping()

@@ -5,6 +5,7 @@ reports none; its ZeRO optimizers do both well and skip a step whose norm is not
 plain case up to them: one norm that counts each logical parameter once over tp x pp.
 """
 
+import glob
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -105,6 +106,10 @@ class StepControl(DeepSpeedEngine):
             average(bucket, dp_group, dp_world_size or dist.get_world_size(dp_group))
         else:
             super().allreduce_no_retain(bucket, dp_group, numel_per_bucket, dp_world_size)
+
+    def _get_all_ckpt_names(self, checkpoints_path: str, tag: str) -> Any:
+        """DeepSpeed takes the path for a pattern, in which brackets mean something."""
+        return super()._get_all_ckpt_names(glob.escape(checkpoints_path), tag)
 
     @contextmanager
     def in_plain_files(self) -> Iterator[None]:

@@ -69,17 +69,19 @@ class Metrics:
         step: int,
         result: StepResult,
         *,
+        samples: int,
+        tokens: int,
         learning_rate: float,
         elapsed_s: float,
         phases_s: dict[str, float],
     ) -> Record:
-        """``step`` counts from 1: the number of optimizer steps done."""
+        """``step`` counts from 1: the number of optimizer steps done; ``samples``, ``tokens``: of all of them."""
         run = self._run
         limit = run.config.optimizer.gradient_clipping
         per_device = self._flops_per_step / elapsed_s / run.layout.world_size
         values = {
-            "samples": step * run.global_size,
-            "tokens": step * run.tokens_per_step,
+            "samples": samples,
+            "tokens": tokens,
             "loss": result.loss,
             "learning_rate": learning_rate,
             "grad_norm": result.grad_norm,

@@ -484,6 +484,13 @@ CASES: tuple[tuple[str, int, dict[str, Any], dict[str, Any] | None, str], ...] =
         r"checkpoint\.weights_from=/no/such/run: no checkpoint there; give a run's folder",
     ),
     (
+        "changed_facts_are_of_other_weights",
+        1,
+        {"checkpoint__allow_changed": ["model.rotary_base"]},
+        None,
+        r"checkpoint\.allow_changed=\[model\.rotary_base\]: against what\? it goes with checkpoint\.weights_from",
+    ),
+    (
         "dropping_needs_a_capacity",
         1,
         {"model__moe": MOE | {"drop": "position"}},

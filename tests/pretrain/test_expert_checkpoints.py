@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.checkpoint import store
-from pretrain.checkpoint.state import check_before_start
+from pretrain.checkpoint.fit import check_before_start
 from pretrain.config_io import make_run
 from pretrain.errors import RunError
 from pretrain.parity import Tensors

@@ -14,7 +14,7 @@ from launch.fp8_report import main
 from model_providers.building import solo_groups
 from model_providers.families import build_plan
 from model_providers.layout import TensorPlace
-from pretrain.checkpoint import store
+from pretrain.checkpoint import manifest, store
 from pretrain.checkpoint.weights import state_of, write_layer
 from pretrain.config_io import Run
 from pretrain.engine.layers import tied_names
@@ -77,7 +77,7 @@ def write_initial(run: Run) -> None:
         write_layer(folder / store.WEIGHTS, layer.name, state, TensorPlace(), dense=True, experts=True)
     (folder / store.CONFIG).write_text(to_yaml(config), "utf-8")
     open_data(config.data).tokenizer.save(folder / store.TOKENIZER)
-    store.complete(folder, [store.record(folder, path) for path in store.files_of(folder)])
+    store.complete(folder, [manifest.record(folder, path) for path in manifest.files_of(folder)])
 
 
 def test_a_report_tells_all_in_words_numbers_and_a_picture(

@@ -18,14 +18,22 @@ RESULT = StepResult(loss=2.5, grad_norm=2.0, applied=True, loss_scale=1.0)
 
 def record(corpus: str, out: Path, result: StepResult = RESULT, **changes: Any) -> dict[str, Any]:
     run = checked(tiny(corpus, out, **changes), 2)
-    made = Metrics(run, CPU).record(3, result, learning_rate=1e-3, elapsed_s=0.5, phases_s={"forward": 0.1})
+    made = Metrics(run, CPU).record(
+        3,
+        result,
+        samples=40,
+        tokens=1280,
+        learning_rate=1e-3,
+        elapsed_s=0.5,
+        phases_s={"forward": 0.1},
+    )
     return made.as_dict()
 
 
 def test_rates_follow_from_counts_and_time(corpus: str, out: Path) -> None:
     values = record(corpus, out)
     model = checked(tiny(corpus, out), 2).config.model
-    assert values["samples"] == 3 * 8 and values["tokens"] == 3 * 8 * 32
+    assert values["samples"] == 40 and values["tokens"] == 1280, "what was consumed, not step x batch"
     assert values["tokens_per_s"] == 8 * 32 / 0.5
     flops = 8 * 32 * train_flops_per_token(model, 32)
     assert values["tflops_per_s_per_device"] == pytest.approx(flops / 0.5 / 2 / 1e12)

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from pretrain import run as run_module
-from pretrain.batches import Feed, open_run_data
-from pretrain.checkpoint import save_load, store
+from pretrain.batches import open_run_data
+from pretrain.checkpoint import manifest, save_load, store
+from pretrain.checkpoint.state import state_of
 from pretrain.checkpoint.weights import WeightFolder
 from pretrain.config_io import Run, make_run
 from pretrain.engine.base import Engine
@@ -20,7 +21,7 @@ from pretrain.engine.preflight import libaio_is_there
 from pretrain.errors import RunError
 from pretrain.loop import Loop
 from pretrain.parity import Tensors, whole_model
-from pretrain.run import make_engine, make_plan, make_state
+from pretrain.run import make_engine, make_feed, make_plan
 from tests.divided import HALF, two_devices
 from tests.ranks import RankPool
 from tests.runs import tiny
@@ -88,13 +89,13 @@ def go_on(run: Run, stop_after: int | None, memory: Any) -> Engine:
     if groups.is_first:
         data.tokenizer.save(run.folder / store.TOKENIZER)
     checkpoint = save_load.find(run, groups)
-    engine = make_engine(run, make_plan(run, groups), groups)
-    state = save_load.load(checkpoint, engine) if checkpoint else make_state(run, data, step=0)
+    engine = make_engine(run, make_plan(run, groups), groups, begins=checkpoint is None, data=data)
+    state = save_load.load(checkpoint, engine) if checkpoint else state_of(run, data, step=0)
     run_module.check_same_order(state, data, run)
-    feed = Feed(data.train, run, groups, consumed_samples=state.consumed_samples)
+    feed = make_feed(run, data, groups, state)
 
     def save(step: int) -> None:
-        run_module.save(run, engine, data, step)
+        run_module.save(run, engine, data, step, feed)
 
     loop = Loop(run=run, engine=engine, feed=feed, evaluate=dict, test=dict, save=save, sinks=[memory])
     if stop_after is not None:
@@ -269,7 +270,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
 ) -> None:
     raw, root = copied
     spoil(root / "step-0000004")
-    assert what in " ".join(store.faults(root / "step-0000004"))
+    assert what in " ".join(manifest.faults(root / "step-0000004"))
     explicit = {**raw, "checkpoint": {"resume": str(root / "step-0000004")}}
     assert "is damaged" in ranks.run(refused, 2, explicit)[0]
     assert ranks.run(find_only, 2, raw) == ["step-0000002"] * 2
@@ -295,8 +296,8 @@ def test_another_layout_is_refused_naming_both(ranks: RankPool, copied: tuple[di
     ("changes", "what"),
     [
         ({"model": {"num_layers": 3}}, "holds another model: model.num_layers=3 (checkpoint: 4)"),
-        ({"data": {"seed": 9}}, "data.seed differ from those of the checkpoint"),
-        ({"data": {"split": "80,20,0"}}, "data.split"),
+        ({"data": {"seed": 9}}, "data.seed=9 (checkpoint: 1234)"),
+        ({"data": {"split": "80,20,0"}}, "data.split=80,20,0 (checkpoint: 90,10,0)"),
     ],
     ids=["model", "seed", "split"],
 )
@@ -331,11 +332,8 @@ def test_what_the_run_file_says_of_the_optimizer_holds_after_a_resume_too(
         assert [tuple(group["betas"]) for group in found] == [(0.7, 0.8)] * 2
         assert [group["weight_decay"] for group in found] == [0.5, 0.0]
     for changes, told in (
-        ({"type": "Lion", "lr": 1e-4}, "optimizer.type=AdamW, this run has optimizer.type=Lion"),
-        (
-            {"weight_decay": 0.0},
-            "this run has optimizer.type=AdamW optimizer.weight_decay=0: its states fit no other",
-        ),
+        ({"type": "Lion", "lr": 1e-4}, "optimizer.type=Lion (checkpoint: AdamW)"),
+        ({"weight_decay": 0.0}, "optimizer.weight_decay=0.0 (checkpoint: 0.1)"),
     ):
         changed = {**raw, "optimizer": {**raw["optimizer"], **changes}}
         assert told in ranks.run(refused, 2, changed)[0]
@@ -397,7 +395,7 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
 def test_the_state_file_tells_everything_but_tensors(copied: tuple[dict[str, Any], Path]) -> None:
     _, root = copied
     state = json.loads((root / "step-0000004" / "state.json").read_text())
-    assert state["step"] == 4 and state["consumed_samples"] == 32 and state["tokens"] == 4 * 8 * 32
+    assert state["step"] == 4 and state["consumed_samples"] == 32 and state["consumed_tokens"] == 4 * 8 * 32
     assert state["layout"]["zero_stage"] == 1
 
 
@@ -409,8 +407,8 @@ def test_a_damaged_checkpoint_is_written_again_and_the_old_one_kept_aside(
     flip_a_byte(next((root / "step-0000004" / "deepspeed").iterdir()))
     losses = ranks.run(train, 2, raw, 4)[0][0]
     assert len(losses) == 2, "steps 3 and 4 again"
-    assert not list(store.faults(root / "step-0000004"))
-    assert list(store.faults(root / "step-0000004.damaged"))
+    assert not list(manifest.faults(root / "step-0000004"))
+    assert list(manifest.faults(root / "step-0000004.damaged"))
 
 
 @pytest.mark.ranks

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint import store
+from pretrain.checkpoint import manifest, store
 
 SAVE_FOR_EVER = """
 import sys
 from pathlib import Path
-from pretrain.checkpoint import store
+from pretrain.checkpoint import manifest, store
 root = Path(sys.argv[1])
 for step in range(1, 10**6):
     folder = store.partial_folder(root, step)
     for part in range(4):
         (folder / f"part{part}").write_bytes(bytes([step % 256]) * 20_000)
-    store.complete(folder, [store.record(folder, path) for path in store.files_of(folder)])
+    store.complete(folder, [manifest.record(folder, path) for path in manifest.files_of(folder)])
     store.prune(root, 2)
     if step == 3:
         print("going", flush=True)
@@ -32,7 +32,7 @@ def make(root: Path, step: int, text: str = "x") -> Path:
     folder = store.partial_folder(root, step)
     (folder / "weights").mkdir()
     (folder / "weights" / "w").write_text(text)
-    return store.complete(folder, [store.record(folder, path) for path in store.files_of(folder)])
+    return store.complete(folder, [manifest.record(folder, path) for path in manifest.files_of(folder)])
 
 
 @pytest.mark.parametrize("moment_s", [0.0, 0.003, 0.011, 0.027, 0.05])
@@ -46,7 +46,7 @@ def test_a_kill_while_saving_leaves_only_whole_checkpoints(tmp_path: Path, momen
     saver.communicate()
     found = store.checkpoints(tmp_path)
     assert 2 <= len(found) <= 3
-    assert [fault for folder in found for fault in store.faults(folder)] == []
+    assert [fault for folder in found for fault in manifest.faults(folder)] == []
     assert (tmp_path / (tmp_path / "latest").read_text().strip()).is_dir()
 
 
@@ -75,10 +75,10 @@ def test_a_users_word_may_be_the_run_its_checkpoints_or_one_of_them(tmp_path: Pa
 
 def test_each_rank_checks_its_share_of_the_files(tmp_path: Path) -> None:
     folder = make(tmp_path, 1)
-    listed = json.loads((folder / store.MANIFEST).read_text())["files"]
+    listed = json.loads((folder / manifest.MANIFEST).read_text())["files"]
     assert [item["path"] for item in listed] == ["weights/w"]
     (folder / "weights" / "w").unlink()
-    assert [list(store.faults(folder, share=share, shares=2)) for share in (0, 1)] == [
+    assert [list(manifest.faults(folder, share=share, shares=2)) for share in (0, 1)] == [
         ["weights/w: missing"],
         [],
     ]
