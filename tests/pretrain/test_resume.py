@@ -381,7 +381,10 @@ def test_weights_of_another_model_are_refused(ranks: RankPool, copied: tuple[dic
         **raw,
         "name": "other",
         "model": {**raw["model"], "ffn_hidden_size": 96},
-        "checkpoint": {"weights_from": str(root / "step-0000004")},
+        "checkpoint": {
+            "weights_from": str(root / "step-0000004"),
+            "allow_changed": ["model.ffn_hidden_size"],
+        },
     }
     assert "the model section must be the one it was trained with" in ranks.run(refused, 2, changed)[0]
 

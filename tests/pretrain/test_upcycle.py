@@ -107,6 +107,6 @@ def test_only_a_dense_model_is_upcycled(
     raw = eight(corpus, tmp_path, model__moe=moe)
     ranks.run(train, 1, raw, 1)
     again = upcycled(dense, moe, checkpoint={"weights_from": str(tmp_path / "tiny"), "upcycle": True})
-    assert "has experts there already" in ranks.run(refused, 1, again)[0]
+    assert "it has experts already" in ranks.run(refused, 1, again)[0]
     without = {**again, "checkpoint": {"upcycle": True}}
     assert "give checkpoint.weights_from" in ranks.run(refused, 1, without)[0]
