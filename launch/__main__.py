@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from data_tools.errors import DataError
 from model_providers.errors import ModelError
+from pretrain.disks import no_space
 from pretrain.errors import RunError
 
 
@@ -86,6 +87,11 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(_complain(f"megaloom {name}", f"{mistake}"))
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as fault:
+        full = no_space(fault)
+        if full is None:
+            raise
+        sys.exit(_complain(f"megaloom {name}", full))
 
 
 def _help() -> str:

@@ -92,7 +92,9 @@ class Attempt:
                 signal.signal(number, handler)
         is_early = self._signals == 1 and not self._watch.step  # ranks that only start obey by ending
         failure = None if self._signals > 1 or is_early else self._watch.failure
-        code = failure.code if failure else 130 if self._signals > 1 else 0
+        code = failure.code if failure else 130 if self._signals > 1 or is_early else 0
+        if is_early:
+            print("stopped before the first step: nothing was saved", file=sys.stderr, flush=True)
         return Outcome(code, failure, self._signals > 0, self._watch.step, left)
 
     def _listen(self) -> None:

@@ -16,8 +16,10 @@ from launch.hostfile import Host, chosen, num_slots, read_hostfile
 from launch.supervise import Options, Supervisor, newest_checkpoint
 from model_providers.fp8.config import BACKENDS, RECIPES
 from pretrain.checkpoint.fit import check_before_start
+from pretrain.checkpoint.store import write_whole
 from pretrain.config_io import Run, find_deepspeed_json, load_run
 from pretrain.config_rules import device_faults
+from pretrain.disks import no_space
 from pretrain.errors import RunError
 
 
@@ -58,9 +60,11 @@ def tell(run: Run, history: Sequence[report.Started]) -> None:
     text = report.page(
         run.config.name, history, num_steps=run.config.train.steps, checkpoint=checkpoint, logs=logs
     )
-    run.folder.mkdir(parents=True, exist_ok=True)
-    path = run.folder / "report.txt"
-    path.write_text(text, "utf-8")
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(run.folder / "report.txt", text)
+    except OSError as fault:
+        print(f"report.txt is not written: {no_space(fault, run.folder) or fault}", file=sys.stderr)
     failure = history[-1].outcome.failure
     assert failure is not None
     if len(history) > 1:

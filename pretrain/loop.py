@@ -8,6 +8,8 @@ from enum import Enum
 
 from model_providers.random_streams import seed_streams
 from pretrain.batches import Feed
+from pretrain.checkpoint import store
+from pretrain.checkpoint.save_load import checkpoint_root
 from pretrain.config_io import Run
 from pretrain.engine.base import Engine
 from pretrain.errors import RunError
@@ -34,6 +36,10 @@ class NotFinite(RunError):
     """A step met a number that is not finite; the text names the first tensor and rank."""
 
 
+class NotSaved(RunError):
+    """The run ended, and its last steps are in no checkpoint."""
+
+
 class TiesApart(RunError):
     """Copies of a tied weight differ between pipeline stages."""
 
@@ -43,8 +49,8 @@ class Loop:
     """What the loop works with.
 
     ``evaluate`` gives the losses of the validation sets, ``test`` those of the test sets, asked for once at the end;
-    ``save`` writes a checkpoint of the step; ``watch`` looks into models with experts or layers that look ahead,
-    ``eight_bits`` into FP8 linears.
+    ``save`` writes a checkpoint of the step, and says whether there was room for it; ``watch`` looks into models with
+    experts or layers that look ahead, ``eight_bits`` into FP8 linears.
     """
 
     run: Run
@@ -52,7 +58,7 @@ class Loop:
     feed: Feed
     evaluate: Callable[[], dict[str, float]]
     test: Callable[[], dict[str, float]]
-    save: Callable[[int], None]
+    save: Callable[[int], bool]
     sinks: Sequence[Sink]
     watch: ExpertWatch | None = None
     eight_bits: EightBitsWatch | None = None
@@ -84,11 +90,22 @@ class Loop:
                 self._tell(record, always=is_last or asked or self._has_looked(done))
                 if is_last or asked or due(done, run.config.checkpoint.every):
                     with heartbeat.within(SAVES):
-                        self.save(done)
+                        is_saved = self.save(done)
+                    if not is_saved and (is_last or asked):
+                        raise NotSaved(self._unsaved(done))
                 if asked and not is_last:
                     log.info("saved step %d; stopping, as asked", done)
                     return Outcome.SIGNALLED
         return Outcome.DONE
+
+    def _unsaved(self, done: int) -> str:
+        root = checkpoint_root(self.run)
+        kept = next(iter(store.checkpoints(root)), None)
+        last = f"the last checkpoint is {kept}" if kept else "there is no checkpoint"
+        return (
+            f"step {done} was NOT saved for want of room on the disk of {root}: {last}. Free some, or choose another "
+            "folder with out=, and start the same command again"
+        )
 
     def _tell_start(self) -> None:
         """Step 0: nothing is trained yet, so validation losses are all there is."""

@@ -15,6 +15,7 @@ from typing import NoReturn
 from data_tools.errors import DataError
 from model_providers.errors import ModelError
 from pretrain.config_io import Run, load_run
+from pretrain.disks import no_space
 from pretrain.errors import RunError
 
 USAGE_EXIT_CODE = 2
@@ -81,5 +82,11 @@ def exit_code(name: str, work: Callable[[], object]) -> int:
     except (RunError, ModelError, DataError) as mistake:
         if os.environ.get("RANK", "0") == "0":
             print(f"{name}: {mistake}", file=sys.stderr)
+        return USAGE_EXIT_CODE
+    except Exception as fault:
+        full = no_space(fault)
+        if full is None:
+            raise
+        print(f"{name}: rank {os.environ.get('RANK', '0')}: {full}", file=sys.stderr)
         return USAGE_EXIT_CODE
     return 0

@@ -281,8 +281,8 @@ def make_eight_bits_watch(run: Run, engine: Engine) -> EightBitsWatch | None:
     return EightBitsWatch(engine, fp8, micro_size=run.micro_size, wide=run.config.precision.dtype)
 
 
-def save(run: Run, engine: Engine, data: TrainingData, step: int, feed: Feed) -> None:
-    """A checkpoint after ``step`` steps."""
+def save(run: Run, engine: Engine, data: TrainingData, step: int, feed: Feed) -> bool:
+    """A checkpoint after ``step`` steps; False if the disk has no room for it."""
     state = state_of(
         run,
         data,
@@ -293,6 +293,7 @@ def save(run: Run, engine: Engine, data: TrainingData, step: int, feed: Feed) ->
     folder = save_load.save(run, engine, state, run.folder / TOKENIZER)
     if engine.groups.is_first:
         log.info("saved %s" if folder else "NOT saved for want of disk space: step %s", folder or step)
+    return folder is not None
 
 
 def open_run_log(

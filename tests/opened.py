@@ -43,7 +43,7 @@ def loop_on(
     here: Opened,
     kind: type[Loop] = Loop,
     *,
-    save: Callable[[int], None] = lambda step: None,
+    save: Callable[[int], bool] = lambda step: True,
     sinks: Sequence[Any] = (),
 ) -> Loop:
     """A loop that evaluates nothing."""

@@ -8,12 +8,13 @@ goes on from the last good state instead of failing.
 import logging
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+import torch
 import torch.distributed as dist
 
 from pretrain.checkpoint import manifest, store
@@ -22,6 +23,7 @@ from pretrain.checkpoint.state import RunState, read_state, readable_state
 from pretrain.checkpoint.store import CONFIG, ENGINE, STATE, TOKENIZER, WEIGHTS
 from pretrain.checkpoint.weights import ExpertRestorer, state_of, write_layer
 from pretrain.config_io import Run
+from pretrain.disks import no_space, size_told
 from pretrain.engine import plain_loads
 from pretrain.engine.base import Engine
 from pretrain.engine.groups import Groups, wait_for_all
@@ -39,25 +41,66 @@ def save(run: Run, engine: Engine, state: RunState, tokenizer_folder: Path) -> P
     """Write a checkpoint of this step; every rank calls it.  None if the disk has no room for it."""
     groups, root = engine.groups, checkpoint_root(run)
     final = root / store.folder_name(state.step)
-    if not _told_by_first(groups, _has_room(root) if groups.is_first else None):
+    needed = bytes_together(engine)
+    if not _told_by_first(groups, _has_room(root, needed) if groups.is_first else None):
         return None
     folder = root / (final.name + store.PARTIAL)
-    if groups.is_first:
-        store.partial_folder(root, state.step)
-    wait_for_all()
-    engine.save(folder / ENGINE, client_state=UNIVERSAL_INFO)
-    write_weights(folder / WEIGHTS, engine)
-    if groups.is_first:
-        (folder / STATE).write_text(state.to_json(), "utf-8")
-        (folder / CONFIG).write_text(to_yaml(run.config), "utf-8")
-        shutil.copytree(tokenizer_folder, folder / TOKENIZER)
-    wait_for_all()
-    records = _hash_together(folder, groups)
-    if groups.is_first:
-        store.complete(folder, records)
-        store.prune(root, run.config.checkpoint.keep_last)
+    with _full_disk_in_words(folder):
+        if groups.is_first:
+            store.partial_folder(root, state.step)
+        wait_for_all()
+        engine.save(folder / ENGINE, client_state=UNIVERSAL_INFO)
+        write_weights(folder / WEIGHTS, engine)
+        if groups.is_first:
+            (folder / STATE).write_text(state.to_json(), "utf-8")
+            (folder / CONFIG).write_text(to_yaml(run.config), "utf-8")
+            shutil.copytree(tokenizer_folder, folder / TOKENIZER)
+        wait_for_all()
+        records = _hash_together(folder, groups)
+        if groups.is_first:
+            store.complete(folder, records)
+            store.prune(root, run.config.checkpoint.keep_last)
     wait_for_all()
     return final
+
+
+@contextmanager
+def _full_disk_in_words(folder: Path) -> Iterator[None]:
+    """A disk that fills up meanwhile: others may have written to it too.
+
+    The rank that meets it ends the run: the others wait for it in the middle of the save, which nobody can take back.
+    The half checkpoint goes with the next save, and the ones before stand.
+    """
+    try:
+        yield
+    except Exception as fault:
+        full = no_space(fault, folder)
+        if full is None:
+            raise
+        raise RunError(f"the checkpoint is NOT saved: {full}. The checkpoints before it stand") from None
+
+
+def bytes_together(engine: Engine) -> int:
+    """What a checkpoint of all ranks will take, from the tensors that are in memory; collective.
+
+    DeepSpeed's files hold each rank's optimizer states and, once a copy of the model, its weights, which stand beside
+    them as safetensors again.
+    """
+    held: dict[int, torch.Tensor] = {}
+    optimizer = engine.deepspeed.basic_optimizer
+    for group in optimizer.param_groups:
+        held |= {id(parameter): parameter for parameter in group["params"]}
+    for states in optimizer.state.values():
+        held |= {id(value): value for value in states.values() if isinstance(value, torch.Tensor)}
+    own = sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+    if engine.groups.place.dp == 0:
+        own += 2 * sum(
+            getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+            for parameter in engine.module.parameters()
+        )
+    total = torch.tensor(float(own), dtype=torch.float64, device=engine.groups.device)
+    dist.all_reduce(total)
+    return int(total.item())
 
 
 def write_weights(folder: Path, engine: Engine) -> None:
@@ -234,15 +277,14 @@ def _faults_together(folder: Path, groups: Groups, *, without: str | None = None
     return [fault for share in gathered for fault in share or []]
 
 
-def _has_room(root: Path) -> bool:
-    """Judged by the size of the last checkpoint; the first one is simply tried."""
+def _has_room(root: Path, expected_bytes: int) -> bool:
+    """Judged by the size of the last checkpoint, or before there is one by the tensors that it will hold."""
+    root.mkdir(parents=True, exist_ok=True)
     earlier = store.checkpoints(root)
-    if not earlier:
-        return True
-    needed = SPARE_SPACE * sum(path.stat().st_size for path in manifest.files_of(earlier[0]))
-    free = shutil.disk_usage(root).free
+    size = sum(path.stat().st_size for path in manifest.files_of(earlier[0])) if earlier else expected_bytes
+    needed, free = SPARE_SPACE * size, shutil.disk_usage(root).free
     if free < needed:
-        log.warning("no checkpoint: %.2f GB free under %s, %.2f GB needed", free / 1e9, root, needed / 1e9)
+        log.warning("no checkpoint: %s free under %s, %s needed", size_told(free), root, size_told(needed))
     return free >= needed
 
 

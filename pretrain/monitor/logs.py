@@ -29,10 +29,18 @@ def start(rank: int, folder: Path | None = None) -> Console:
         root.addHandler(_OnConsole(own))
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            root.addHandler(_plain(logging.FileHandler(folder / "log.txt", encoding="utf-8"), rank))
+            root.addHandler(_plain(_OnDisk(folder / "log.txt", encoding="utf-8"), rank))
     else:
         root.addHandler(_plain(logging.StreamHandler(sys.stderr), rank))
     return own
+
+
+class _OnDisk(logging.FileHandler):
+    """A disk that is full loses lines of the log, which are on the console too, and never a traceback into it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 class _OnConsole(logging.Handler):

@@ -4,8 +4,11 @@ A resumed run must not show a step twice, so opening a sink at step n drops what
 wrote beyond n.
 """
 
+import contextlib
 import json
+import logging
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +19,11 @@ from rich.live import Live
 from rich.text import Text
 
 from pretrain.checkpoint.store import write_whole
+from pretrain.disks import no_space
 from pretrain.monitor.heat_map import heat_map
 from pretrain.monitor.metrics import Record
+
+log = logging.getLogger(__name__)
 
 LINE_EVERY_S = 5.0  # on a console that is no terminal
 
@@ -34,18 +40,40 @@ class JsonLines:
     """One JSON object per line in ``metrics.jsonl``."""
 
     def __init__(self, path: Path, *, resumed_step: int):
-        kept = [line for line in _lines(path) if resumed_step and json.loads(line)["step"] <= resumed_step]
-        write_whole(path, "".join(f"{line}\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        write_whole(path, "".join(f"{line}\n" for line in _kept_lines(path, resumed_step)))
+        self._path, self._file = path, path.open("ab", buffering=0)
+        self._waiting: list[str] = []  # lines that a full disk has not taken yet
 
     def write(self, record: Record) -> None:
         self.put(record.as_dict())
 
     def put(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
+        self._waiting.append(json.dumps(line) + "\n")
+        is_first = len(self._waiting) == 1
+        fault = self._flush()
+        if fault is not None and is_first:
+            log.warning(
+                "%s; its lines wait in memory", no_space(fault, self._path) or f"{self._path}: {fault}"
+            )
 
     def close(self) -> None:
+        if self._waiting and self._flush() is not None:
+            log.warning("%s: its last %d lines were not written", self._path, len(self._waiting))
         self._file.close()
+
+    def _flush(self) -> OSError | None:
+        """Whole lines or none."""
+        text = "".join(self._waiting).encode()
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            while text:
+                text = text[self._file.write(text) :]
+        except OSError as fault:
+            with contextlib.suppress(OSError):
+                self._file.truncate(size)
+            return fault
+        self._waiting.clear()
+        return None
 
 
 class ExpertLoadLines:
@@ -73,7 +101,7 @@ class DeepSpeedMonitors:
     """TensorBoard, and whatever other monitor the DeepSpeed JSON switches on, by step."""
 
     def __init__(self, monitor: Any, *, resumed_step: int, texts: dict[str, str]):
-        self._monitor = monitor
+        self._monitor, self._has_failed = monitor, False
         writer = self._writer()
         if writer is not None:
             from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # 0.2 s, for rank 0 alone
@@ -85,6 +113,14 @@ class DeepSpeedMonitors:
                 writer.add_text(title, f"```\n{text}\n```", resumed_step)
 
     def write(self, record: Record) -> None:
+        try:
+            self._write(record)
+        except OSError as fault:  # a monitor must not end a run
+            if not self._has_failed:
+                log.warning("a monitor cannot write: %s", no_space(fault) or fault)
+            self._has_failed = True
+
+    def _write(self, record: Record) -> None:
         names = {"loss": "train/loss", "learning_rate": "train/learning_rate", "grad_norm": "train/grad_norm"}
         events = []
         for key, value in record.as_dict().items():
@@ -99,7 +135,8 @@ class DeepSpeedMonitors:
     def close(self) -> None:
         writer = self._writer()
         if writer is not None:
-            writer.close()
+            with contextlib.suppress(OSError):  # told when it was met
+                writer.close()
 
     def _writer(self) -> Any:
         board = self._monitor.tb_monitor
@@ -200,15 +237,26 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
-def _lines(path: Path) -> Sequence[str]:
-    """Whole lines; a last one that a crash cut off is dropped."""
-    if not path.exists():
+def _kept_lines(path: Path, resumed_step: int) -> Sequence[str]:
+    """Records up to the step that a run goes on from; what is no record, as a crash or damage leaves it, is dropped."""
+    if not resumed_step or not path.exists():
         return []
-    whole = []
-    for line in path.read_text("utf-8").splitlines():
-        try:
-            json.loads(line)
-        except ValueError:
-            break
-        whole.append(line)
-    return whole
+    kept, num_dropped = [], 0
+    for line in path.read_bytes().decode(errors="replace").split("\n"):
+        step = _step_of(line)
+        if step is not None and step <= resumed_step:
+            kept.append(line)
+        num_dropped += step is None and bool(line.strip())
+    if num_dropped:
+        log.warning("%s: %s dropped that are no records", path, counted(num_dropped, "line"))
+    return kept
+
+
+def _step_of(line: str) -> float | None:
+    """None: the line is no record."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return step if isinstance(step, int) and not isinstance(step, bool) else None

@@ -110,7 +110,7 @@ def go(raw: dict[str, Any], what: str = "", steps: int | None = None) -> dict[st
             feed=feed,
             evaluate=dict,
             test=dict,
-            save=lambda step: run_module.save(here.run, here.engine, here.data, step),
+            save=lambda step: run_module.save(here.run, here.engine, here.data, step, feed),
             sinks=[memory],
             eight_bits=watch,
         )

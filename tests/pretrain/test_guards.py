@@ -121,6 +121,10 @@ def ask_one_rank_to_stop(raw: dict[str, Any], number: int) -> tuple[str, int, bo
     """Signal rank 1 alone after its second step; how the loop ended, steps saved, whether a late signal is harmless."""
     saved: list[int] = []
 
+    def save(step: int) -> bool:
+        saved.append(step)
+        return True
+
     class Signaller:
         def write(self, record: Any) -> None:
             if record.step == 2 and dist.get_rank() == 1:
@@ -130,7 +134,7 @@ def ask_one_rank_to_stop(raw: dict[str, Any], number: int) -> tuple[str, int, bo
 
     signal.signal(number, signal.SIG_DFL)
     with opened(raw) as here:
-        loop = loop_on(here, save=saved.append, sinks=[Signaller()])
+        loop = loop_on(here, save=save, sinks=[Signaller()])
         outcome = loop.train(0)
     is_ignored = signal.getsignal(number) == signal.SIG_IGN
     signal.signal(number, signal.SIG_DFL)

@@ -94,8 +94,8 @@ def go_on(run: Run, stop_after: int | None, memory: Any) -> Engine:
     run_module.check_same_order(state, data, run)
     feed = make_feed(run, data, groups, state)
 
-    def save(step: int) -> None:
-        run_module.save(run, engine, data, step, feed)
+    def save(step: int) -> bool:
+        return run_module.save(run, engine, data, step, feed)
 
     loop = Loop(run=run, engine=engine, feed=feed, evaluate=dict, test=dict, save=save, sinks=[memory])
     if stop_after is not None:
