@@ -1,6 +1,6 @@
 """DeepSpeed's kernels that the tests use, compiled ahead of them; a minute or two each on a fresh machine."""
 
-from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder, CPULionBuilder
+from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
 from deepspeed.ops.op_builder.builder import OpBuilder
 
 from pretrain.engine.native_builds import build_obstacle
@@ -8,8 +8,7 @@ from pretrain.engine.preflight import libaio_is_there
 
 
 def kernels() -> None:
-    for builder in (CPUAdamBuilder(), CPULionBuilder()):
-        build(builder)
+    build(CPUAdamBuilder())
 
 
 def asynchronous_io() -> None:

@@ -9,28 +9,17 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.ops.lion import DeepSpeedCPULion
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
-from pretrain.ds_config import optimizer_is_offloaded
 from pretrain.engine.adafactor import ShardedAdafactor
 from pretrain.engine.galore import GaLore
 from pretrain.engine.groups import Groups
 from pretrain.engine.layers import tied_to_embedding
+from pretrain.engine.lion import Lion
 from pretrain.engine.matrix_optimizer import MatrixOptimizer, Spread
 from pretrain.optimizer_facts import LIGHT_PACKAGE, galore_params
-
-
-class CPULion(DeepSpeedCPULion):
-    """DeepSpeed's, less the second moments that it makes at the first step and never reads."""
-
-    def step(self, closure: Any = None) -> Any:
-        result = super().step(closure)
-        for state in self.state.values():
-            state.pop("exp_avg_sq", None)
-        return result
 
 
 def client_optimizer(
@@ -38,12 +27,11 @@ def client_optimizer(
 ) -> Any:
     """An optimizer that DeepSpeed would not find by itself, or None.
 
-    Without offload it takes its CUDA kernel for Lion, also on a CPU; its CPU kernel does the same there.  Adafactor
-    of whole tensors is torch's, of ZeRO's partitions ours.
+    Adafactor of whole tensors is torch's, of ZeRO's partitions ours.
     """
     kind, params = document["optimizer"]["type"], document["optimizer"]["params"]
-    if kind == "Lion" and (device.type == "cpu" or optimizer_is_offloaded(document)):
-        return CPULion(groups, **params)
+    if kind == "Lion":
+        return Lion(groups, **params)
     if kind == "AdamW8bit":
         return importlib.import_module(f"{LIGHT_PACKAGE}.optim").AdamW8bit(groups, **params)
     if kind == "GaLore":

@@ -8,7 +8,7 @@ import logging
 import os
 from typing import Any
 
-from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder, CPULionBuilder
+from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
 from deepspeed.ops.op_builder.builder import OpBuilder
 
 from pretrain.config_io import Run
@@ -51,13 +51,6 @@ def prepare_native_parts(document: dict[str, Any], groups: Groups) -> dict[str, 
             raise RunError(f"offload to device=nvme: DeepSpeed's async_io does not build here: {obstacle}")
         hold_folders(document, groups)
     optimizer = document["optimizer"]
-    on_cpu = groups.device.type == "cpu" or optimizer_is_offloaded(document)
-    if optimizer["type"].lower() == "lion" and on_cpu:
-        obstacle = _build(CPULionBuilder(), groups)
-        if obstacle is not None:
-            raise RunError(
-                f"optimizer.type=Lion: DeepSpeed's CPU kernel for it does not build here: {obstacle}; use AdamW"
-            )
     offloaded_adam = optimizer["type"].lower() in ADAM_LIKE and optimizer_is_offloaded(document)
     if not offloaded_adam or optimizer["params"].get("torch_adam"):
         return document

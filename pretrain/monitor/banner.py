@@ -69,7 +69,7 @@ def facts(
         "numbers",
         f"weights {config.precision.dtype}, gradients summed in "
         f"{run.deepspeed['data_types']['grad_accum_dtype']}, "
-        f"master weights fp32, clipping {f'at norm {clipping}' if clipping else 'off'}",
+        f"{_masters(run)}, clipping {f'at norm {clipping}' if clipping else 'off'}",
     )
     if config.fp8 is not None:
         yield "fp8", f"{_eight_bits(run, engine)}{_barred(barred, config.precision.dtype)}"
@@ -88,6 +88,16 @@ def facts(
         yield "resumed", f"from {resumed}"
     elif config.checkpoint.weights_from:
         yield "weights", f"from {config.checkpoint.weights_from}"
+
+
+def _masters(run: Run) -> str:
+    """In which format DeepSpeed keeps master weights and optimizer states."""
+    for name in ("bf16", "fp16"):
+        section = run.deepspeed.get(name) or {}
+        if section.get("enabled") and section.get(f"{name}_master_weights_and_grads"):
+            states = name if section.get("bf16_optimizer_states") else "fp32"
+            return f"master weights and gradients {name}, optimizer states {states}"
+    return "master weights fp32"
 
 
 def _eight_bits(run: Run, engine: Engine) -> str:

@@ -5,6 +5,7 @@ square.  MFU is their rate over the device's dense peak for the run's number for
 appendix B).
 """
 
+import re
 import resource
 import sys
 from dataclasses import dataclass, field
@@ -17,22 +18,34 @@ from pretrain.config_io import Run
 from pretrain.engine.base import StepResult
 from pretrain.monitor.heat_map import LoadMap
 
-# Dense bf16/fp16 peaks in TFLOP/s, from the vendors' data sheets; the first name that is part of the device's wins.
+# Dense bf16/fp16 peaks in TFLOP/s, from the vendors' data sheets, by the device's name without its vendor's; the first
+# that the whole name begins with, word by word, wins: an H100 NVL, an H20 and a GH200 are no H100s.
 PEAK_TFLOPS = {
+    "GB200": 2500.0,
     "B200": 2250.0,
+    "GH200": 989.4,
     "H200": 989.4,
     "H100 NVL": 835.0,
     "H100 PCIe": 756.0,
     "H100": 989.4,
+    "H800 PCIe": 756.0,
     "H800": 989.4,
+    "H20": 148.0,
     "A100": 312.0,
     "A800": 312.0,
-    "L40S": 362.0,
     "A40": 149.7,
+    "A30": 165.0,
+    "A10": 125.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "V100 PCIE": 112.0,
     "V100": 125.0,
+    "MI325X": 1307.4,
     "MI300X": 1307.4,
-    "MI250": 191.5,  # per die, which is one device
+    "MI250X": 191.5,  # per die, which is one device
+    "MI250": 181.0,
 }
+VENDORS = {"nvidia", "amd", "instinct", "tesla", "radeon"}
 
 
 @dataclass
@@ -44,6 +57,7 @@ class Record:
     losses_by_set: dict[str, float] = field(default_factory=dict)  # of validation sets
     test_losses: dict[str, float] = field(default_factory=dict)  # of test sets, at the end
     expert_loads: LoadMap | None = None  # now and then
+    trained_s: float = 0.0  # in steps, since the run was started
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -63,6 +77,7 @@ class Metrics:
             run.config.model, run.config.data.sequence_length, target_length=run.config.target_length
         )
         self._peak_flops_per_s = peak_flops_per_s(run, device)
+        self._trained_s = 0.0
 
     def record(
         self,
@@ -96,7 +111,8 @@ class Metrics:
         if self._peak_flops_per_s is not None:
             values["mfu"] = per_device / self._peak_flops_per_s
         values |= {f"time/{name}_s": seconds for name, seconds in sorted(phases_s.items())}
-        return Record(step, values)
+        self._trained_s += elapsed_s
+        return Record(step, values, trained_s=self._trained_s)
 
 
 def peak_flops_per_s(run: Run, device: torch.device) -> float | None:
@@ -106,8 +122,17 @@ def peak_flops_per_s(run: Run, device: torch.device) -> float | None:
         return stated * 1e12
     if device.type != "cuda" or run.config.precision.dtype == "fp32":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    return known_peak(torch.cuda.get_device_name(device))
+
+
+def known_peak(name: str) -> float | None:
+    """FLOP/s of a device by its name, such as "NVIDIA H100 80GB HBM3"; None of one that is not known."""
+    words = [word for word in re.split(r"[\s-]+", name.lower()) if word not in VENDORS]
+    for known, peak in PEAK_TFLOPS.items():
+        first, *variant = known.lower().split()
+        if words[:1] == [first] and set(variant) <= set(words):
+            return peak * 1e12
+    return None
 
 
 def peak_memory_bytes(device: torch.device) -> float:

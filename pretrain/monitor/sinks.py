@@ -153,6 +153,8 @@ class ConsoleSink:
         )
         self._started_s = self._last_line_s = time.monotonic()
         self._steps_since_start = 0
+        self._counted = (0.0, 0.0)  # tokens and seconds of training up to the last line
+        self._has_counted = False
         if self._live:
             self._live.start()
 
@@ -166,6 +168,8 @@ class ConsoleSink:
         if record.losses_by_set or is_last or (not self._live and now_s - self._last_line_s >= LINE_EVERY_S):
             self._console.print(line, highlight=False, soft_wrap=True)
             self._last_line_s = now_s
+            if record.values:
+                self._counted = (record.values["tokens"], record.trained_s)
 
     def close(self) -> None:
         if self._live:
@@ -180,7 +184,7 @@ class ConsoleSink:
                 f"lr {values['learning_rate']:.2e}",
                 f"norm {values['grad_norm']:.2f}",
                 *experts(values),
-                f"{short(values['tokens_per_s'])} tokens/s",
+                f"{short(self._tokens_per_s(record))} tokens/s",
                 speed(values),
                 f"ETA {self._eta(record.step)}",
             ]
@@ -190,6 +194,16 @@ class ConsoleSink:
             for name, loss in record.test_losses.items()
         ]
         return "  ".join(parts)
+
+    def _tokens_per_s(self, record: Record) -> float:
+        """Over all steps since the last line, or since this start."""
+        values = record.values
+        if not self._has_counted:
+            step_s = values["step_s"]
+            self._counted = (values["tokens"] - values["tokens_per_s"] * step_s, record.trained_s - step_s)
+            self._has_counted = True
+        tokens, trained_s = self._counted
+        return (values["tokens"] - tokens) / max(record.trained_s - trained_s, 1e-9)
 
     def _eta(self, step: int) -> str:
         per_step_s = (time.monotonic() - self._started_s) / max(1, self._steps_since_start)

@@ -22,11 +22,13 @@ def record(step: int, **losses_by_set: float) -> Record:
         "loss": 5.0 / step,
         "learning_rate": 1e-3,
         "grad_norm": 0.5,
-        "tokens_per_s": 12345.0,
+        "tokens": 1000.0 * step,
+        "tokens_per_s": 1000.0 / step,
+        "step_s": float(step),
         "tflops_per_s_per_device": 0.07,
         "time/forward_s": 0.1,
     }
-    return Record(step, values, losses_by_set)
+    return Record(step, values, losses_by_set, trained_s=step * (step + 1) / 2)
 
 
 def write_life(path: Path, *, resumed_step: int, last: int) -> None:
@@ -87,8 +89,18 @@ def test_a_console_that_is_no_terminal_gets_a_line_per_evaluation_and_at_the_end
     sink.close()
     assert out.getvalue().splitlines() == [
         "step 0/4  valid loss 8.3000",
-        "step 4/4  loss 1.2500  lr 1.00e-03  norm 0.50  12.3k tokens/s  70 GFLOP/s per rank  ETA 0s  valid loss 1.5000",
+        "step 4/4  loss 1.2500  lr 1.00e-03  norm 0.50  400 tokens/s  70 GFLOP/s per rank  ETA 0s  valid loss 1.5000",
     ]
+
+
+def test_tokens_per_s_are_those_of_the_interval() -> None:
+    """Steps take 1, 2, 3... seconds: the last one's rate is not that of all since the line before."""
+    out = io.StringIO()
+    sink = ConsoleSink(Console(file=out, width=200), num_steps=9, first_step=0)
+    for step in (1, 2, 3):
+        sink.write(record(step, **({"valid": 1.0} if step == 2 else {})))
+    sink.write(record(4, valid=1.0))
+    assert [line.split(" tokens/s")[0].split()[-1] for line in out.getvalue().splitlines()] == ["667", "286"]
 
 
 @pytest.mark.parametrize(
