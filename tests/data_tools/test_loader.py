@@ -105,7 +105,7 @@ def test_a_fault_while_reading_reaches_the_training_loop(
     def torn(number: int) -> None:
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(source.dataset, "sample", torn)
+    monkeypatch.setattr(source.dataset, "read", torn)
     with pytest.raises(OSError, match="the disk is gone"):
         for _ in range(3):
             next(loader)
