@@ -98,6 +98,11 @@ class DataConfig(BaseModel):
     # trains (sampled), of all before it starts (full), of none (off).  A resumed run may have another value.
     verify: Annotated[Literal["sampled", "full", "off"], BeforeValidator(_off_is_a_word)] = "sampled"
 
+    def prefixes(self) -> tuple[str, ...]:
+        """The corpora of all sets, each once, without those of weight 0."""
+        groups = (self.train, *self.validation.values(), *self.test.values())
+        return tuple(dict.fromkeys(ref.path for refs in groups for ref in refs if ref.weight))
+
     @field_validator("split", mode="before")
     @classmethod
     def _split_is_three_shares(cls, split: Any) -> Any:

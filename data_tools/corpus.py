@@ -32,9 +32,8 @@ class Corpus:
         """Refuse an index that contradicts itself, its data or the manifest; reads the index once."""
         for fault in index_faults(self.index):
             raise DataError(f"corpus={self.prefix} is damaged ({fault}): copy it again, or prepare it again")
-        fault = self.manifest_fault()
-        if fault is not None:
-            raise DataError(f"corpus={self.prefix}: {fault}; prepare it again, or delete {self.prefix}.json")
+        if (told := self.manifest_fault()) is not None:
+            raise DataError(f"corpus={self.prefix}: {told}; prepare it again, or delete {self.prefix}.json")
         if self.index.appended_end is not None:
             logger.warning(
                 "corpus=%s: its lengths leave out the token that ends each document (id %d), as Megatron-DeepSpeed's "

@@ -36,7 +36,8 @@ class Ranks:
     """One process's place among those that read the same data.
 
     ``all_true`` is collective: every rank calls it, and all get whether every rank gave True.  So is ``first_told``:
-    all get the text of the first rank that gave one.  ``doing`` hears what takes long.
+    all get the text of the first rank that gave one.  ``doing`` hears how far a rank is that
+    verifies whole corpora.
     """
 
     is_global_first: bool = True

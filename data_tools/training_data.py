@@ -33,7 +33,6 @@ PATIENCE_S = 70.0
 # A toy corpus under a long run has thousands of epochs: later ones are computed when they are reached.
 MAX_EPOCHS_AHEAD = 16
 SECONDS_BETWEEN_VOTES = 5.0
-VERIFIES = "verifies the corpora"  # takes as long as it takes
 
 
 @dataclass(frozen=True)
@@ -104,9 +103,7 @@ class _Opened(NamedTuple):
 
 def _open_corpora(config: DataConfig, *, is_checker: bool) -> _Opened:
     """Each corpus once, however many sets name it; one of weight 0 is not looked for."""
-    groups = (config.train, *config.validation.values(), *config.test.values())
-    paths = dict.fromkeys(ref.path for refs in groups for ref in refs if ref.weight)
-    corpora = {path: Corpus(path, check=False) for path in paths}
+    corpora = {path: Corpus(path, check=False) for path in config.prefixes()}
     size = shared_vocab_size(list(corpora.values()), tokenizer=config.tokenizer)
     if not is_checker:
         return _Opened(corpora, size, None)
@@ -131,7 +128,7 @@ def _verify_whole(check: DataCheck | None, ranks: Ranks) -> None:
 
     is_done = False
     while not ranks.all_true(is_done):
-        ranks.doing(f"{VERIFIES}: {done} blocks")
+        ranks.doing(f"{done} blocks")
         is_done = together(ranks, read_some)
 
 

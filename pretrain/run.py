@@ -67,7 +67,7 @@ def train(run: Run) -> Outcome:
     heartbeat.doing("opens data, builds the model, loads a checkpoint")
     console = logs.start(groups.rank, run.folder if groups.is_first else None)
     check_place(run, groups)
-    data = open_run_data(run, groups)
+    data = open_run_data(run, groups, heartbeat)
     plan = make_plan(run, groups)
     run, groups = settle_schedule(run, plan, groups)
     checkpoint = save_load.find(run, groups)
@@ -75,7 +75,7 @@ def train(run: Run) -> Outcome:
     engine.timers.heartbeat = heartbeat
     state = save_load.load(checkpoint, engine) if checkpoint else make_state(run, data, step=0)
     check_same_order(state, data, run)
-    feed = Feed(data.train, run, groups, consumed_samples=state.consumed_samples)
+    feed = Feed(data.train, run, groups, consumed_samples=state.consumed_samples, unverified=data.unverified)
     eight_bits = make_eight_bits_watch(run, engine)
     barred = eight_bits.barred if eight_bits is not None else []
     sinks = (
