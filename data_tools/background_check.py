@@ -17,6 +17,7 @@ from data_tools.verified import Verified
 logger = logging.getLogger(__name__)
 
 LOWEST_PRIORITY = 19  # setpriority(2)
+CLOSING_S = 5.0  # a disk that hangs holds the thread, and it ends with the process
 
 
 class BackgroundCheck:
@@ -34,7 +35,7 @@ class BackgroundCheck:
         """End the thread, wherever it is."""
         self._stop.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(CLOSING_S)
 
     def wait(self) -> None:
         """Until all is read, or a fault is found."""
