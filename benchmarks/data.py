@@ -1,10 +1,11 @@
 """How fast text becomes tokens and tokens become batches, against the plainest code that does the same.
 
-    python -m benchmarks.data [--text-mb 8] [--repeats 5] [--need-samples-per-s 40]
+    python -m benchmarks.data [--text-mb 8] [--repeats 5] [--need-samples-per-s 40] [--documents 10000000]
 
 `prepare` is compared per worker with a loop over the same tokenizer on one core (two ways to write that loop; the
 ratio is to the faster), on the Python standard library's sources as JSON lines.  Its time includes starting
-the workers, hashing the inputs and syncing the corpus to disk.  The loader is compared with what a run needs.
+the workers, hashing the inputs and syncing the corpus to disk.  The loader is compared with what a run needs, and what
+a start checks (the index, hashes of blocks, ids) with reading the same.
 Variants take turns, so that a busy machine slows all of them alike; medians are shown.  The rate per CPU second
 counts all processes of a variant and hardly depends on what else the machine does.
 """
@@ -25,8 +26,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from data_tools.block_hashes import BLOCK_BYTES, block_hash
 from data_tools.config import CorpusRef, DataConfig
 from data_tools.corpora import find_sources
+from data_tools.index_check import index_faults
+from data_tools.indexed import IndexedReader, write_index
 from data_tools.loader import StepShape
 from data_tools.prepare import Recipe, prepare
 from data_tools.tokenizer_training import train_tokenizer
@@ -58,8 +62,9 @@ def main(
     need_samples_per_s: Annotated[
         float, typer.Option(help="what the demo run takes, all ranks together")
     ] = 40.0,
+    documents: Annotated[int, typer.Option(min=1, help="of the index that is checked")] = 10_000_000,
 ) -> None:
-    """Measure and print two tables."""
+    """Measure and print three tables."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for the plain loops, as for each worker
     with tempfile.TemporaryDirectory() as folder:
         texts = _write_texts(Path(folder), text_mb)
@@ -73,6 +78,7 @@ def main(
                 Path(folder), shape, sequence_length, repeats=repeats, need_per_s=need_samples_per_s
             )
         )
+        Console().print(_checks_table(Path(folder), shape, sequence_length, documents, repeats=repeats))
 
 
 def _write_texts(folder: Path, text_mb: float) -> list[str]:
@@ -148,6 +154,47 @@ def _loader_table(
     return table
 
 
+def _checks_table(
+    folder: Path, shape: StepShape, sequence_length: int, documents: int, *, repeats: int
+) -> Table:
+    """CPU seconds of what is checked at a start, and in each batch."""
+    index = _large_index(folder / "large", documents)
+    corpus = CorpusRef(path=str(folder / "corpus"))
+    dataset = open_data(DataConfig(train=(corpus,), sequence_length=sequence_length)).train.dataset
+    numbers = range(shape.micro_batch_size)
+
+    def gather() -> np.ndarray:
+        return np.stack([dataset.read(number).tokens for number in numbers])
+
+    tokens, blocks = gather(), memoryview(bytes(64 * BLOCK_BYTES))
+    actions: dict[str, Action] = {
+        f"index of {documents:,} documents": lambda: list(index_faults(index)),
+        "hashes of 64 blocks": lambda: [
+            block_hash(blocks[at : at + BLOCK_BYTES]) for at in range(0, len(blocks), BLOCK_BYTES)
+        ],
+        "10,000 batches gathered": lambda: [gather() for _ in range(10_000)],
+        "10,000 batches' ids": lambda: [dataset.check_ids(tokens, numbers) for _ in range(10_000)],
+    }
+    table = Table(
+        "checking", "CPU s", title=f"batches of {shape.micro_batch_size} x {sequence_length + 1} ids"
+    )
+    for name, rate in _interleaved(actions, 1.0, repeats=repeats).items():
+        table.add_row(name, f"{1 / max(1e-9, rate.per_cpu_s):.3f}")
+    return table
+
+
+def _large_index(prefix: Path, documents: int) -> IndexedReader:
+    """Of documents that have a length, and no text."""
+    lengths = np.random.default_rng(0).integers(1, 60, documents, dtype=np.int32)
+    with open(f"{prefix}.idx", "wb") as stream:
+        write_index(
+            stream, dtype=np.dtype(np.uint16), lengths=lengths, document_indices=np.arange(documents + 1)
+        )
+    with open(f"{prefix}.bin", "wb") as stream:
+        stream.truncate(2 * int(lengths.sum(dtype=np.int64)))
+    return IndexedReader(prefix)
+
+
 def _interleaved(actions: dict[str, Action], amount: float, *, repeats: int) -> dict[str, Rate]:
     """Median rates of ``amount`` of work; the actions take turns."""
     spans: dict[str, list[tuple[float, float]]] = {name: [] for name in actions}
@@ -157,7 +204,7 @@ def _interleaved(actions: dict[str, Action], amount: float, *, repeats: int) -> 
             action()
             spans[name].append((time.perf_counter() - started_s, _cpu_s() - cpu_s))
     return {
-        name: Rate(*(amount / statistics.median(column) for column in zip(*rows, strict=True)))
+        name: Rate(*(amount / max(1e-9, statistics.median(column)) for column in zip(*rows, strict=True)))
         for name, rows in spans.items()
     }
 

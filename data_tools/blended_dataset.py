@@ -4,8 +4,11 @@ import hashlib
 import json
 from collections.abc import Sequence
 
+import numpy as np
+
 from data_tools.blend import Blend
-from data_tools.gpt_dataset import GPTDataset, Sample
+from data_tools.errors import DataError
+from data_tools.gpt_dataset import GPTDataset, Sample, first_beyond
 from data_tools.piece_dataset import PieceDataset
 
 Dataset = GPTDataset | PieceDataset
@@ -23,6 +26,20 @@ class BlendedDataset:
         """Sample ``number`` of the blend; it depends on nothing but the facts in `fingerprint`."""
         which, within = self.blend.locate(number)
         return self.datasets[which].sample(within)
+
+    def read(self, number: int) -> Sample:
+        """The same, with whatever ids it holds: the caller has `check_ids` look at many samples together."""
+        dataset, within = self.source_of(number)
+        return dataset.read(within) if isinstance(dataset, GPTDataset) else dataset.sample(within)
+
+    def check_ids(self, tokens: np.ndarray, numbers: Sequence[int]) -> None:
+        """Refuse tokens [b n] of samples ``numbers`` that the vocabulary does not have."""
+        at = first_beyond(tokens, self.datasets[0].vocab_size)
+        if at is not None:
+            row, offset = divmod(at, tokens.shape[1])
+            dataset, within = self.source_of(numbers[row])
+            assert isinstance(dataset, GPTDataset)  # others have looked at each sample
+            raise DataError(dataset.beyond_vocabulary(within, offset))
 
     def source_of(self, number: int) -> tuple[Dataset, int]:
         """The dataset that gives sample ``number``, and its number there."""

@@ -67,6 +67,11 @@ def _make_a_blend(refs: tuple[CorpusRef, ...]) -> tuple[CorpusRef, ...]:
 Corpora = Annotated[tuple[CorpusRef, ...], BeforeValidator(_as_refs), AfterValidator(_make_a_blend)]
 
 
+def _off_is_a_word(value: Any) -> Any:
+    """YAML 1.1 reads a bare ``off`` as false."""
+    return "off" if value is False else value
+
+
 class DataConfig(BaseModel):
     """The ``data`` section of a run file."""
 
@@ -89,6 +94,14 @@ class DataConfig(BaseModel):
     seed: int = 1234
     cache: str | None = None  # folder of the document orders; None: .index-cache beside the first corpus
     cache_scope: Literal["auto", "shared", "per-node"] = "auto"
+    # Hashes of the corpora: of the indices and some blocks of the data at the start and of the rest while the run
+    # trains (sampled), of all before it starts (full), of none (off).  A resumed run may have another value.
+    verify: Annotated[Literal["sampled", "full", "off"], BeforeValidator(_off_is_a_word)] = "sampled"
+
+    def prefixes(self) -> tuple[str, ...]:
+        """The corpora of all sets, each once, without those of weight 0."""
+        groups = (self.train, *self.validation.values(), *self.test.values())
+        return tuple(dict.fromkeys(ref.path for refs in groups for ref in refs if ref.weight))
 
     @field_validator("split", mode="before")
     @classmethod

@@ -1,26 +1,46 @@
 """A finished corpus: its tokens, its manifest if it has one, its tokenizer, and a fingerprint of its own."""
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
 from data_tools.errors import DataError
+from data_tools.index_check import index_faults
 from data_tools.indexed import IndexedReader, idx_path
 from data_tools.manifest import Manifest, TokenizerRecord, load_manifest
 from data_tools.tokenizer import Tokenizer, load_tokenizer
 
+logger = logging.getLogger(__name__)
+
 
 class Corpus:
-    """Opens ``PREFIX`` (``PREFIX.bin`` means the same) and checks that its parts belong together."""
+    """Opens ``PREFIX`` (``PREFIX.bin`` means the same) and checks its index and that its parts belong together.
+
+    Bytes are checked by `corpus_check`.
+    """
 
     def __init__(self, path: str | Path, *, check: bool = True):
         self.prefix = str(Path(str(path).removesuffix(".bin").removesuffix(".idx")).expanduser())
-        self.index = IndexedReader(self.prefix)
         self.manifest: Manifest | None = load_manifest(self.prefix)
-        fault = self.manifest_fault() if check else None
-        if fault is not None:
-            raise DataError(f"corpus={self.prefix}: {fault}; prepare it again, or delete {self.prefix}.json")
+        self.index = IndexedReader(self.prefix, appended_ends=self.manifest is None)
+        if check:
+            self.check()
+
+    def check(self) -> None:
+        """Refuse an index that contradicts itself, its data or the manifest; reads the index once."""
+        for fault in index_faults(self.index):
+            raise DataError(f"corpus={self.prefix} is damaged ({fault}): copy it again, or prepare it again")
+        if (told := self.manifest_fault()) is not None:
+            raise DataError(f"corpus={self.prefix}: {told}; prepare it again, or delete {self.prefix}.json")
+        if self.index.appended_end is not None:
+            logger.warning(
+                "corpus=%s: its lengths leave out the token that ends each document (id %d), as Megatron-DeepSpeed's "
+                "preprocess_data.py --append-eod writes them; documents are read with it",
+                self.prefix,
+                self.index.appended_end,
+            )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -39,6 +59,27 @@ class Corpus:
                 f"as tokenizer=SPEC in a run file or as --tokenizer SPEC"
             )
         return load_tokenizer(str(folder))
+
+    def tokenizer_fault(self) -> str | None:
+        """What is wrong with the tokenizer that was saved with the corpus, if there is one to compare it to."""
+        if self.manifest is None:
+            return None
+        try:
+            found = self.tokenizer().fingerprint
+        except DataError as error:
+            return f"tokenizer: {error}"
+        if found == self.manifest.tokenizer.fingerprint:
+            return None
+        return f"tokenizer: {self.prefix}.tokenizer/ is not the one that the manifest names"
+
+    def beyond_vocabulary(self, token: int, vocab_size: int) -> str:
+        """The sentence about a token of the data whose id the vocabulary does not have."""
+        document, offset = self.index.locate(token)
+        return (
+            f"corpus={self.prefix}: token {offset:,} of document {document:,} is id {int(self.index.tokens[token])}, "
+            f"beyond the vocabulary of {vocab_size:,} ids: prepare the corpus with the run's tokenizer, or name the "
+            f"one that made it in data.tokenizer (megaloom data verify {self.prefix} --tokenizer SPEC checks all ids)"
+        )
 
     def manifest_fault(self) -> str | None:
         """How the manifest contradicts the files, if it does."""

@@ -31,6 +31,15 @@ class Sample:
     starts: np.ndarray  # int64 [documents that begin here], places 0..s
 
 
+def first_beyond(tokens: np.ndarray, vocab_size: int | None) -> int | None:
+    """Where in an int64 array the first id lies that a vocabulary does not have."""
+    # Read without their sign, negative ids are large ones: one pass over the array, without a copy.
+    ids = tokens.reshape(-1).view(np.uint64)
+    if vocab_size is None or not ids.size or ids.max() < vocab_size:
+        return None
+    return int((ids >= vocab_size).argmax())
+
+
 @dataclass(frozen=True)
 class _Epoch:
     """The order of one pass over the documents."""
@@ -44,9 +53,19 @@ class GPTDataset:
     """The documents ``first`` to ``last`` (excluded) of a corpus as samples."""
 
     def __init__(
-        self, corpus: Corpus, *, sequence_length: int, seed: int, first: int, last: int, cache: IndexCache
+        self,
+        corpus: Corpus,
+        *,
+        sequence_length: int,
+        seed: int,
+        first: int,
+        last: int,
+        cache: IndexCache,
+        vocab_size: int | None = None,
     ):
+        """``vocab_size``: ids that the corpus may hold; None: any."""
         self.corpus, self.first, self.last = corpus, first, last
+        self.vocab_size = vocab_size
         self.sequence_length, self.seed = sequence_length, seed
         self._cache = cache
         self._epochs: dict[int, _Epoch] = {}
@@ -66,11 +85,29 @@ class GPTDataset:
         )
 
     def sample(self, number: int) -> Sample:
-        """Sample ``number`` of all epochs."""
-        number_of_epoch, place = divmod(number, self.samples_per_epoch)
-        epoch = self._epoch(number_of_epoch)
-        start = epoch.samples[place] * self.sequence_length
-        return self._gather(epoch, start)
+        """Sample ``number`` of all epochs.
+
+        Raises:
+            DataError: it holds an id beyond the vocabulary.
+        """
+        sample = self.read(number)
+        offset = first_beyond(sample.tokens, self.vocab_size)
+        if offset is not None:
+            raise DataError(self.beyond_vocabulary(number, offset))
+        return sample
+
+    def read(self, number: int) -> Sample:
+        """The same, with whatever ids it holds."""
+        return self._gather(*self._place(number))
+
+    def beyond_vocabulary(self, number: int, offset: int) -> str:
+        """The sentence about the id at ``offset`` of sample ``number``."""
+        assert self.vocab_size is not None
+        epoch, start = self._place(number)
+        place = int(np.searchsorted(epoch.ends, start + offset, side="right"))
+        before = int(epoch.ends[place - 1]) if place else 0
+        at = self.corpus.index.document_start(int(epoch.documents[place])) + start + offset - before
+        return self.corpus.beyond_vocabulary(at, self.vocab_size)
 
     def cache_name(self, epoch: int) -> str:
         """The cache's name for the document order of an epoch."""
@@ -80,6 +117,12 @@ class GPTDataset:
     def document_order(self, epoch: int) -> Arrays:
         """The order of an epoch's documents, from the cache or built into it."""
         return self._cache.get(self.cache_name(epoch), lambda: self._build(epoch))
+
+    def _place(self, number: int) -> tuple[_Epoch, int]:
+        """The epoch of a sample, and the token of that epoch with which it begins."""
+        number_of_epoch, place = divmod(number, self.samples_per_epoch)
+        epoch = self._epoch(number_of_epoch)
+        return epoch, epoch.samples[place] * self.sequence_length
 
     def _epoch(self, number: int) -> _Epoch:
         """The last two epochs stay open: samples of a blend can fall on either side."""

@@ -13,12 +13,15 @@ document), and the count in the header is one more than the number of documents.
 
 import os
 import struct
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from data_tools.appended_ends import find_appended_ends
 from data_tools.errors import DataError
+from data_tools.index_arrays import counts_up
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -62,9 +65,13 @@ def write_index(
 
 
 class IndexedReader:
-    """A corpus on disk, memory-mapped: opening reads the index's header, reading only the pages touched."""
+    """A corpus on disk, memory-mapped: opening reads the index's header and lengths, reading only the pages touched.
 
-    def __init__(self, prefix: str | Path):
+    Whether the index is right is another matter: `index_check`.
+    """
+
+    def __init__(self, prefix: str | Path, *, appended_ends: bool = True):
+        """``appended_ends``: whether the lengths may leave out what ends documents (`appended_ends`)."""
         self.prefix = str(prefix)
         for path in (idx_path(prefix), bin_path(prefix)):
             if not path.is_file():
@@ -78,20 +85,24 @@ class IndexedReader:
         self.sequence_lengths = np.frombuffer(index, "<i4", num_sequences, HEADER.size)
         self.sequence_pointers = np.frombuffer(index, "<i8", num_sequences, pointers_at)
         self.document_indices = np.frombuffer(index, "<i8", num_entries, documents_at)
-        self.tokens = _map_tokens(bin_path(prefix), self.dtype)
+        self.data_bytes = os.path.getsize(bin_path(prefix))
+        self.tokens = _map_tokens(bin_path(prefix), self.dtype, self.data_bytes)
+        self.appended_end: int | None = None  # the id that ends documents where the index leaves it out
         self._check_data_size()
+        if appended_ends and len(self.tokens) > self.num_tokens:
+            self._take_appended_ends()
 
     @property
     def num_documents(self) -> int:
         return max(0, len(self.document_indices) - 1)
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         return int(self.sequence_lengths.sum(dtype=np.int64))
 
     def document_lengths(self) -> np.ndarray:
         """Tokens of each document: [documents], without a copy where each document is one sequence."""
-        if self._one_sequence_each():
+        if self._one_sequence_each:
             return self.sequence_lengths
         ends = np.concatenate([[0], np.cumsum(self.sequence_lengths, dtype=np.int64)])
         return np.diff(ends[self.document_indices])
@@ -108,10 +119,24 @@ class IndexedReader:
         start = self.document_start(document)
         return self.tokens[start : start + int(self.sequence_lengths[first:last].sum(dtype=np.int64))]
 
+    def locate(self, token: int) -> tuple[int, int]:
+        """The document that holds a token of the data, and how many of its tokens come before it."""
+        at_bytes = token * self.dtype.itemsize
+        sequence = int(np.searchsorted(self.sequence_pointers, at_bytes, side="right")) - 1
+        document = int(np.searchsorted(self.document_indices, sequence, side="right")) - 1
+        return document, token - self.document_start(document)
+
+    @cached_property
     def _one_sequence_each(self) -> bool:
-        return self.num_documents == len(self.sequence_lengths) and bool(
-            np.array_equal(self.document_indices, np.arange(len(self.document_indices)))
+        return self.num_documents == len(self.sequence_lengths) and counts_up(self.document_indices)
+
+    def _take_appended_ends(self) -> None:
+        found = find_appended_ends(
+            self.tokens, self.sequence_lengths, self.sequence_pointers, self.document_indices
         )
+        if found is not None:
+            self.appended_end, self.sequence_lengths, self.sequence_pointers = found
+            del self.num_tokens
 
     def _check_index_size(self, found_bytes: int, num_sequences: int, num_entries: int) -> None:
         expected_bytes = HEADER.size + 12 * num_sequences + 8 * num_entries
@@ -134,8 +159,8 @@ class IndexedReader:
             )
 
 
-def _map_tokens(path: Path, dtype: np.dtype) -> np.ndarray:
-    num_tokens = os.path.getsize(path) // dtype.itemsize
+def _map_tokens(path: Path, dtype: np.dtype, data_bytes: int) -> np.ndarray:
+    num_tokens = data_bytes // dtype.itemsize
     if not num_tokens:
         return np.empty(0, dtype)  # an empty file cannot be mapped
     return np.memmap(path, mode="r", dtype=dtype, shape=(num_tokens,)).view(np.ndarray)

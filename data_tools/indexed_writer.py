@@ -4,12 +4,15 @@ The checksums of both files are taken while writing, so a manifest costs no seco
 """
 
 import hashlib
+import mmap
 from types import TracebackType
 from typing import IO
 
 import numpy as np
 
+from data_tools.block_hashes import BLOCK_BYTES, BlockHasher, to_text
 from data_tools.indexed import write_index
+from data_tools.manifest import BlockRecord
 from data_tools.staging import Staging, sync
 
 
@@ -24,7 +27,9 @@ class IndexedWriter:
         self.idx_sha256 = ""
         self._index_path = staging.path(".idx")
         self._data: IO[bytes] = open(staging.path(".bin"), "wb")  # noqa: SIM115 (closed in __exit__)
-        self._hash = hashlib.sha256()
+        self.blocks: BlockRecord | None = None
+        self._hash, self._block_bytes = hashlib.sha256(), BLOCK_BYTES
+        self._blocks = BlockHasher(self._block_bytes)
         self._lengths: list[np.ndarray] = []  # tokens of each sequence
         self._sequences: list[np.ndarray] = []  # sequences of each document
 
@@ -50,6 +55,7 @@ class IndexedWriter:
         buffer = np.ascontiguousarray(tokens).data
         self._data.write(buffer)
         self._hash.update(buffer)
+        self._blocks.update(buffer)
         self.num_tokens += len(tokens)
 
     def add_lengths(self, lengths: np.ndarray, *, sequences: np.ndarray) -> None:
@@ -69,5 +75,10 @@ class IndexedWriter:
         with open(self._index_path, "w+b") as stream:
             write_index(stream, dtype=self.dtype, lengths=lengths, document_indices=indices)
             sync(stream)
-            stream.seek(0)
-            self.idx_sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+            blocks = BlockHasher(self._block_bytes)
+            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as whole, memoryview(whole) as view:
+                self.idx_sha256 = hashlib.sha256(view).hexdigest()
+                blocks.update(view)
+        self.blocks = BlockRecord(
+            block_bytes=self._block_bytes, idx=to_text(blocks.hashes()), bin=to_text(self._blocks.hashes())
+        )

@@ -97,17 +97,19 @@ class SampleSource:
         """The samples of these numbers; those from ``num_samples`` on are fillers that do not count."""
         length = self.dataset.sequence_length
         real = [num_samples is None or number < num_samples for number in numbers]
+        there = [number if counts else 0 for number, counts in zip(numbers, real, strict=True)]
         if self._maker is not None:
-            there = [number if counts else 0 for number, counts in zip(numbers, real, strict=True)]
             return self._maker.batch(self.dataset, there, real)
-        samples = [
-            self.dataset.sample(number if counts else 0) for number, counts in zip(numbers, real, strict=True)
-        ]
         if self._rearrange is not None:
             samples = [
-                self._rearrange(sample, number) for sample, number in zip(samples, numbers, strict=True)
+                self._rearrange(self.dataset.sample(number), own)
+                for number, own in zip(there, numbers, strict=True)
             ]
-        tokens = np.stack([sample.tokens for sample in samples])  # [b s+1]
+            tokens = np.stack([sample.tokens for sample in samples])  # [b s+1]
+        else:
+            samples = [self.dataset.read(number) for number in there]
+            tokens = np.stack([sample.tokens for sample in samples])  # [b s+1]
+            self.dataset.check_ids(tokens, there)
         segments = mask = None
         if self._reset_at_documents:
             segments = np.stack(

@@ -1,5 +1,6 @@
 """Several corpora into one, as safely as they were made: aside first, then renamed, the index last."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,6 @@ from data_tools.indexed import idx_path
 from data_tools.indexed_writer import IndexedWriter
 from data_tools.manifest import Manifest
 from data_tools.staging import Staging
-from data_tools.verify import index_faults
 
 PIECE_TOKENS = 1 << 22
 
@@ -34,9 +34,16 @@ def merge(prefixes: Sequence[str], out: str, *, force: bool = False) -> Manifest
 
 
 def _append(writer: IndexedWriter, corpus: Corpus) -> None:
-    index = corpus.index
+    index, digest = corpus.index, hashlib.sha256()
     for start in range(0, len(index.tokens), PIECE_TOKENS):
-        writer.add_tokens(index.tokens[start : start + PIECE_TOKENS])
+        tokens = index.tokens[start : start + PIECE_TOKENS]
+        digest.update(tokens.data)
+        writer.add_tokens(tokens)
+    if corpus.manifest is not None and digest.hexdigest() != corpus.manifest.bin_sha256:
+        raise DataError(
+            f"corpus={corpus.prefix} is damaged (the checksum of .bin differs from the manifest's): prepare it again "
+            "before merging"
+        )
     writer.add_lengths(index.sequence_lengths, sequences=np.diff(index.document_indices))
 
 
@@ -50,9 +57,6 @@ def _check_mergeable(corpora: list[Corpus]) -> None:
                 f"corpora {first.prefix} ({_words(first)}) and {other.prefix} ({_words(other)}) cannot be "
                 f"merged: prepare both with one tokenizer and the same end-of-document choice"
             )
-    for corpus in corpora:
-        for fault in index_faults(corpus.index):
-            raise DataError(f"corpus={corpus.prefix} is damaged ({fault}): prepare it again before merging")
 
 
 def _check_place(out: str, corpora: list[Corpus], *, force: bool) -> None:
@@ -92,4 +96,5 @@ def _sum_of(parts: list[Manifest], writer: IndexedWriter) -> Manifest | None:
         options={"merged": [part.options for part in parts]},
         bin_sha256=writer.bin_sha256,
         idx_sha256=writer.idx_sha256,
+        blocks=writer.blocks,
     )

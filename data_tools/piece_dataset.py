@@ -8,7 +8,7 @@ import numpy as np
 
 from data_tools.corpus import Corpus
 from data_tools.errors import DataError
-from data_tools.gpt_dataset import ORDER_VERSION, Sample
+from data_tools.gpt_dataset import ORDER_VERSION, Sample, first_beyond
 from data_tools.index_cache import Arrays, IndexCache
 from data_tools.permutation import Permutation, key_of
 
@@ -28,7 +28,10 @@ class PieceDataset:
         last: int,
         cache: IndexCache,
         end_of_document: int,
+        vocab_size: int | None = None,
     ):
+        """``vocab_size``: ids that the corpus may hold; None: any."""
+        self.vocab_size = vocab_size
         self.corpus, self.first, self.last = corpus, first, last
         self.sequence_length, self.seed = sequence_length, seed
         self._cache, self._end_of_document = cache, end_of_document
@@ -63,6 +66,10 @@ class PieceDataset:
         begin = index.document_start(which) + within * self.sequence_length
         end = index.document_start(which) + int(index.document_lengths()[which])
         tokens = np.array(index.tokens[begin : min(end, begin + self.sequence_length)], dtype=np.int64)
+        offset = first_beyond(tokens, self.vocab_size)
+        if offset is not None:
+            assert self.vocab_size is not None
+            raise DataError(self.corpus.beyond_vocabulary(begin + offset, self.vocab_size))
         if len(tokens) and tokens[-1] == self._end_of_document:
             tokens = tokens[:-1]
         return Sample(tokens, np.zeros(0 if within else 1, dtype=np.int64))

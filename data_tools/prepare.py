@@ -18,9 +18,11 @@ import typer
 
 from data_tools.checksums import Checksums
 from data_tools.corpora import KINDS, find_sources, read_tasks
+from data_tools.corpus import Corpus
+from data_tools.data_check import DataCheck
 from data_tools.documents import Skips, nothing_left, refuse_skips
 from data_tools.errors import DataError
-from data_tools.indexed import IndexedReader, idx_path, token_dtype
+from data_tools.indexed import idx_path, token_dtype
 from data_tools.indexed_writer import IndexedWriter
 from data_tools.manifest import Manifest, TokenizerRecord, load_manifest
 from data_tools.progress import Meter, Silent, progress
@@ -97,6 +99,7 @@ def prepare(
             options=recipe.options(),
             bin_sha256=writer.bin_sha256,
             idx_sha256=writer.idx_sha256,
+            blocks=writer.blocks,
         )
         staging.path(".json").write_bytes(manifest.to_bytes())
         staging.publish()
@@ -169,7 +172,8 @@ def _corpus_there(
         raise DataError(
             f"out={out} holds another corpus ({difference}): choose another --out, or replace it by --force"
         )
-    IndexedReader(out)  # says so if the files were damaged since
+    corpus = Corpus(out)  # says so if the files were damaged since
+    DataCheck([corpus], verify="sampled", seed=0, vocab_size=record.vocab_size).at_start()
     return there
 
 

@@ -43,11 +43,12 @@ class SourceMaker:
         corpora: Mapping[str, Corpus],
         *,
         cache: IndexCache,
+        text_size: int | None = None,
         tokenizer: Tokenizer | None = None,
     ):
-        """``tokenizer``: needed by objectives other than the next token."""
+        """``text_size``: ids that a corpus may hold; ``tokenizer``: needed by objectives other than the next token."""
         self._config, self._corpora, self._cache = config, corpora, cache
-        self._tokenizer = tokenizer
+        self._text_size, self._tokenizer = text_size, tokenizer
 
     def train(self) -> SampleSource:
         datasets = self._datasets(self._config.train, bounds=self._bounds(TRAIN), seed=self._config.seed)
@@ -109,7 +110,13 @@ class SourceMaker:
         # Rounded as in megatron/core/datasets/blended_megatron_dataset_builder.py.
         first, last = (round(bound * corpus.index.num_documents) for bound in bounds)
         length, objective = self._config.sequence_length, self._config.objective
-        part: dict[str, Any] = {"seed": seed, "first": first, "last": last, "cache": self._cache}
+        part: dict[str, Any] = {
+            "seed": seed,
+            "first": first,
+            "last": last,
+            "cache": self._cache,
+            "vocab_size": self._text_size,
+        }
         if isinstance(objective, SpanCorruption):
             return GPTDataset(corpus, sequence_length=lengths(objective, length).text, **part)
         if not isinstance(objective, MaskedLM):

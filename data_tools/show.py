@@ -4,8 +4,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from data_tools.block_hashes import HASH_BYTES
 from data_tools.corpus import Corpus
 from data_tools.errors import DataError
+from data_tools.manifest import Manifest
 from data_tools.tokenizer import Tokenizer
 
 NAME_WIDTH = 12
@@ -33,6 +35,7 @@ def statistics(corpus: Corpus) -> Iterator[str]:
         rows += [
             ("text", f"{manifest.text_bytes:,} bytes, {text_per_token:.2f} per token"),
             ("tokenizer", f"{manifest.tokenizer.spec} ({manifest.tokenizer.vocab_size:,} ids)"),
+            ("manifest", f"format {manifest.format}, {_hashes(manifest)}"),
             ("inputs", _few([record.path for record in manifest.inputs])),
             ("left out", left_out),
         ]
@@ -75,6 +78,14 @@ def documents(
 def _printable(text: str) -> str:
     """Control characters could drive the reader's terminal: shown as a replacement sign."""
     return "".join(char if char.isprintable() or char in "\n\t" else "�" for char in text)
+
+
+def _hashes(manifest: Manifest) -> str:
+    blocks = manifest.blocks
+    if blocks is None:
+        return "a SHA-256 of each file"
+    count = (len(blocks.idx_hashes) + len(blocks.bin_hashes)) // HASH_BYTES
+    return f"a SHA-256 of each file, hashes of {count:,} blocks of {blocks.block_bytes:,} bytes"
 
 
 def _few(names: list[str]) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 import tokenizers
 
 from data_tools.errors import DataError
+from data_tools.token_bytes import token_bytes
 from data_tools.tokenizer_files import SETTINGS_FILE, TOKENIZER_FILE, read_settings, read_tokenizer
 
 BYTES = "bytes"
@@ -64,6 +65,9 @@ class Tokenizer(Protocol):
     def pieces(self) -> list[str]:
         """Every id's token as its vocabulary spells it, "" where there is none: [vocab_size]"""
 
+    def token_bytes(self) -> np.ndarray:
+        """How many bytes of text every id stands for (`token_bytes` says of which this is exact): int64 [vocab_size]"""
+
     def save(self, folder: str | Path) -> None:
         """Write what `load_tokenizer(folder)` turns back into this tokenizer."""
 
@@ -87,6 +91,9 @@ class ByteTokenizer:
 
     def pieces(self) -> list[str]:
         return [chr(value) for value in range(NUM_BYTE_VALUES)] + [""]
+
+    def token_bytes(self) -> np.ndarray:
+        return np.array([1] * NUM_BYTE_VALUES + [0], np.int64)
 
     def save(self, folder: str | Path) -> None:
         _write_settings(folder, {"tokenizer_class": BYTES})
@@ -145,6 +152,13 @@ class PieceTokenizer:
         for piece, number in self._pieces.get_vocab(with_added_tokens=True).items():
             found[number] = piece
         return found
+
+    def token_bytes(self) -> np.ndarray:
+        try:
+            end = self.end_of_document
+        except DataError:
+            end = None
+        return token_bytes(self._pieces, size=self.vocab_size, end_of_document=end)
 
     def save(self, folder: str | Path) -> None:
         settings = {} if self._end_token is None else {"eos_token": self._end_token}

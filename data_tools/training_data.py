@@ -10,14 +10,16 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from data_tools.blended_dataset import Dataset
 from data_tools.config import DataConfig
 from data_tools.corpus import Corpus, shared_vocab_size
+from data_tools.data_check import DataCheck
 from data_tools.errors import DataError
 from data_tools.index_cache import IndexCache
 from data_tools.loader import SampleSource
-from data_tools.ranks import ALONE, Ranks, is_builder
+from data_tools.ranks import ALONE, Ranks, is_builder, together
 from data_tools.sample_sources import TEST, VALID, SourceMaker
 from data_tools.special_tokens import special_tokens
 from data_tools.tokenizer import Tokenizer, load_tokenizer
@@ -30,6 +32,7 @@ CACHE_NAME = ".index-cache"
 PATIENCE_S = 70.0
 # A toy corpus under a long run has thousands of epochs: later ones are computed when they are reached.
 MAX_EPOCHS_AHEAD = 16
+SECONDS_BETWEEN_VOTES = 5.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class TrainingData:
     test: dict[str, SampleSource]
     vocab_size: int  # as the tokenizer has it, not padded
     corpora: tuple[Corpus, ...]
+    unverified: tuple[Corpus, ...] = ()  # whose data this rank is to verify while the run trains
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -69,16 +73,13 @@ def open_data(config: DataConfig, *, num_train_samples: int = 0, ranks: Ranks = 
         num_train_samples: how many samples the run is going to take, so that the orders of all its epochs are
             ready; it changes no order, and later epochs are computed when they are reached.
     """
-    opened: TrainingData | None = None
     cache = IndexCache(config.cache or _cache_beside(config))
-    try:
-        opened = _open(config, cache)
-    finally:  # whatever happened here, the other ranks must not wait for this one
-        everyone = ranks.all_true(opened is not None)
-    if not everyone:
-        raise DataError("another rank could not open its data: see its message; is the folder on every node?")
-    _build_orders(opened, cache, num_train_samples=num_train_samples, ranks=ranks)
-    return opened
+    opened = together(ranks, lambda: _open_corpora(config, is_checker=ranks.is_first_on_node))
+    if config.verify == "full":
+        _verify_whole(opened.check, ranks)
+    data = together(ranks, lambda: _make_sources(config, opened, cache))
+    _build_orders(data, cache, num_train_samples=num_train_samples, ranks=ranks)
+    return data
 
 
 def check_data(config: DataConfig) -> TrainingData:
@@ -87,18 +88,59 @@ def check_data(config: DataConfig) -> TrainingData:
     Raises:
         DataError: what is wrong, in the words with which `open_data` would refuse it.
     """
-    return _open(config, IndexCache(config.cache or _cache_beside(config)))
+    opened = _open_corpora(config, is_checker=True)
+    data = _make_sources(config, opened, IndexCache(config.cache or _cache_beside(config)))
+    first = data.corpora[0]
+    if config.tokenizer is None and (fault := first.tokenizer_fault()) is not None:
+        raise DataError(f"corpus={first.prefix}: {fault}; copy it again, or prepare the corpus again")
+    return data
 
 
-def _open(config: DataConfig, cache: IndexCache) -> TrainingData:
-    corpora = _open_corpora(config)
-    vocab_size = shared_vocab_size(list(corpora.values()), tokenizer=config.tokenizer)
+class _Opened(NamedTuple):
+    corpora: dict[str, Corpus]  # by the path that the run gives
+    text_size: int  # ids of the tokenizer
+    check: DataCheck | None  # None: another rank of this node has done it
+
+
+def _open_corpora(config: DataConfig, *, is_checker: bool) -> _Opened:
+    """Each corpus once, however many sets name it; one of weight 0 is not looked for."""
+    corpora = {path: Corpus(path, check=False) for path in config.prefixes()}
+    size = shared_vocab_size(list(corpora.values()), tokenizer=config.tokenizer)
+    if not is_checker:
+        return _Opened(corpora, size, None)
+    check = DataCheck(list(corpora.values()), verify=config.verify, seed=config.seed, vocab_size=size)
+    check.at_start()
+    return _Opened(corpora, size, check)
+
+
+def _verify_whole(check: DataCheck | None, ranks: Ranks) -> None:
+    """All of .bin, by the first rank of each node; the others vote every few seconds, so that none times out."""
+    blocks = iter(()) if check is None else check.whole()
+    done = 0
+
+    def read_some() -> bool:
+        nonlocal done
+        until_s = time.monotonic() + SECONDS_BETWEEN_VOTES
+        for _ in blocks:
+            done += 1
+            if time.monotonic() > until_s:
+                return False
+        return True
+
+    is_done = False
+    while not ranks.all_true(is_done):
+        ranks.doing(f"{done} blocks")
+        is_done = together(ranks, read_some)
+
+
+def _make_sources(config: DataConfig, opened: _Opened, cache: IndexCache) -> TrainingData:
+    corpora, vocab_size = opened.corpora, opened.text_size
     tokenizer = None
     if config.objective is not None:
         first = next(iter(corpora.values()))
         tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer is not None else first.tokenizer()
         vocab_size = special_tokens(tokenizer, config.objective).vocab_size
-    make = SourceMaker(config, corpora, cache=cache, tokenizer=tokenizer)
+    make = SourceMaker(config, corpora, cache=cache, text_size=opened.text_size, tokenizer=tokenizer)
     return TrainingData(
         config=config,
         vocab_size=vocab_size,
@@ -106,14 +148,8 @@ def _open(config: DataConfig, cache: IndexCache) -> TrainingData:
         validation=make.held_out(VALID, config.validation),
         test=make.held_out(TEST, config.test),
         corpora=tuple(corpora.values()),
+        unverified=tuple(opened.check.rest()) if opened.check is not None else (),
     )
-
-
-def _open_corpora(config: DataConfig) -> dict[str, Corpus]:
-    """Each corpus once, however many sets name it; one of weight 0 is not looked for."""
-    groups = (config.train, *config.validation.values(), *config.test.values())
-    paths = dict.fromkeys(ref.path for refs in groups for ref in refs if ref.weight)
-    return {path: Corpus(path) for path in paths}
 
 
 def _build_orders(data: TrainingData, cache: IndexCache, *, num_train_samples: int, ranks: Ranks) -> None:

@@ -5,9 +5,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from data_tools.block_hashes import BlockHasher
 from data_tools.corpus import Corpus
+from data_tools.corpus_check import first_difference
 from data_tools.errors import DataError
-from data_tools.indexed import IndexedReader, idx_path
+from data_tools.index_check import index_faults
+from data_tools.indexed import idx_path
 from data_tools.tokenizer import load_tokenizer
 
 PIECE_TOKENS = 1 << 22
@@ -23,40 +26,21 @@ def faults(prefix: str, *, tokenizer: str | None = None) -> Iterator[str]:
     if (fault := corpus.manifest_fault()) is not None:
         yield fault
     yield from index_faults(corpus.index)
-    yield from _tokenizer_faults(corpus)
+    if (fault := corpus.tokenizer_fault()) is not None:
+        yield fault
     yield from _data_faults(corpus, _vocab_size(corpus, tokenizer))
     yield from _ending_faults(corpus)
 
 
-def index_faults(index: IndexedReader) -> Iterator[str]:
-    """Where the index contradicts itself or the size of its data; reads the index only."""
-    lengths, pointers, documents = index.sequence_lengths, index.sequence_pointers, index.document_indices
-    if (lengths < 0).any():
-        yield f"index: sequence {int(np.argmax(lengths < 0))} has a negative length"
-        return
-    starts = np.zeros(len(lengths), np.int64)
-    np.cumsum(lengths[:-1], dtype=np.int64, out=starts[1:])
-    astray = np.flatnonzero(pointers != starts * index.dtype.itemsize)
-    if len(astray):
-        yield f"index: sequence {int(astray[0])} does not begin where the one before it ends"
-    spare = len(index.tokens) - index.num_tokens
-    if spare:
-        yield f"data: {abs(spare):,} tokens {'more' if spare > 0 else 'fewer'} than the index speaks of"
-    if (
-        not len(documents)
-        or documents[0] != 0
-        or documents[-1] != len(lengths)
-        or (np.diff(documents) < 0).any()
-    ):
-        yield f"index: the documents do not cover its {len(lengths):,} sequences in order"
-
-
 def _data_faults(corpus: Corpus, vocab_size: int | None) -> Iterator[str]:
     tokens, digest = corpus.index.tokens, hashlib.sha256()
+    blocks = corpus.manifest.blocks if corpus.manifest is not None else None
+    hasher = BlockHasher(blocks.block_bytes if blocks is not None else None)
     beyond: int | None = None
     for start in range(0, len(tokens), PIECE_TOKENS):
         piece = tokens[start : start + PIECE_TOKENS]
         digest.update(piece.data)
+        hasher.update(piece.data)
         if vocab_size is not None and beyond is None:
             wrong = np.flatnonzero((piece >= vocab_size) | (piece < 0))
             beyond = start + int(wrong[0]) if len(wrong) else None
@@ -65,7 +49,10 @@ def _data_faults(corpus: Corpus, vocab_size: int | None) -> Iterator[str]:
     if corpus.manifest is None:
         return
     if digest.hexdigest() != corpus.manifest.bin_sha256:
-        yield "data: the checksum of .bin differs from the manifest's: it was changed since"
+        where = (
+            f" ({first_difference(hasher.hashes(), blocks.bin_hashes, blocks.block_bytes)})" if blocks else ""
+        )
+        yield f"data: the checksum of .bin differs from the manifest's: it was changed since{where}"
     with open(idx_path(corpus.prefix), "rb") as stream:
         if hashlib.file_digest(stream, "sha256").hexdigest() != corpus.manifest.idx_sha256:
             yield "index: the checksum of .idx differs from the manifest's: it was changed since"
@@ -73,7 +60,7 @@ def _data_faults(corpus: Corpus, vocab_size: int | None) -> Iterator[str]:
 
 def _ending_faults(corpus: Corpus) -> Iterator[str]:
     """An index of other data nearly always shows here: documents that do not end with their end token."""
-    end = corpus.manifest.tokenizer.end_of_document if corpus.manifest else None
+    end = corpus.manifest.tokenizer.end_of_document if corpus.manifest else corpus.index.appended_end
     lengths = corpus.index.document_lengths()
     if end is None or int(lengths.sum(dtype=np.int64)) != len(corpus.index.tokens):
         return
@@ -84,18 +71,6 @@ def _ending_faults(corpus: Corpus) -> Iterator[str]:
             f"data: {len(wrong):,} of {len(last):,} documents, first {int(wrong[0])}, do not end with id "
             f"{end}: the index is not of this data"
         )
-
-
-def _tokenizer_faults(corpus: Corpus) -> Iterator[str]:
-    if corpus.manifest is None:
-        return
-    try:
-        found = corpus.tokenizer().fingerprint
-    except DataError as error:
-        yield f"tokenizer: {error}"
-        return
-    if found != corpus.manifest.tokenizer.fingerprint:
-        yield f"tokenizer: {corpus.prefix}.tokenizer/ is not the one that the manifest names"
 
 
 def _vocab_size(corpus: Corpus, tokenizer: str | None) -> int | None:

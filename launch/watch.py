@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import IO, NamedTuple
 
 from launch.reports import Beat, Ended, Said, decode, quiet_s, told_end
-from pretrain.monitor.heartbeat import COMPILES, EVALUATES, SAVES
+from pretrain.monitor.heartbeat import COMPILES, EVALUATES, SAVES, VERIFIES
 
 HELD_LINES = 400
 TRACEBACK = "Traceback (most recent call last)"
@@ -26,7 +26,12 @@ SECOND_HAND = re.compile(
     re.IGNORECASE,
 )
 STARTING_S = 900.0  # imports over a slow disk, compilation, a large checkpoint
-SLOW_PHASES = {COMPILES: 20.0, EVALUATES: 20.0, SAVES: 20.0}  # these may take so many times a stall's limit
+SLOW_PHASES = {
+    COMPILES: 20.0,
+    EVALUATES: 20.0,
+    SAVES: 20.0,
+    VERIFIES: 20.0,
+}  # these may take so many times a stall's limit
 LAUNCHERS_OWN = re.compile(
     r"\[(INFO|ERROR)\] \[launch\.py:"
 )  # a host's; DeepSpeed has no word to make it silent by pdsh

@@ -6,12 +6,16 @@ counted tokens of the global batch, even where masks leave some micro-batches wi
 """
 
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
+from data_tools.background_check import BackgroundCheck
+from data_tools.corpus import Corpus
+from data_tools.errors import DataError, OneRankError
 from data_tools.loader import Batch, GPTBatch, SampleLoader, SampleSource, StepShape
 from data_tools.masked_batches import MaskedBatch
 from data_tools.ranks import Ranks
@@ -23,6 +27,7 @@ from model_providers.layout import Layout
 from pretrain.config_io import Run
 from pretrain.engine.base import MicroBatch
 from pretrain.engine.groups import Groups
+from pretrain.monitor.heartbeat import VERIFIES, Heartbeat
 
 StepBatches = Sequence[MicroBatch | None]  # None on pipeline stages that hold neither inputs nor the loss
 
@@ -40,18 +45,28 @@ class Copies(Protocol):
     def dp(self) -> Any: ...
 
 
-def open_run_data(run: Run, groups: Groups) -> TrainingData:
-    """All data of a run; every rank calls it, one of them builds the indices."""
+def open_run_data(run: Run, groups: Groups, heartbeat: Heartbeat | None = None) -> TrainingData:
+    """All data of a run; every rank calls it, one of them builds the indices, one on each node verifies the files."""
+
+    def first_told(text: str | None) -> str | None:
+        where = "" if groups.is_first else f" (rank {groups.rank}, on {socket.gethostname()})"
+        return groups.first_told(text and f"{text}{where}")
+
     ranks = Ranks(
         is_global_first=groups.is_first,
         is_first_on_node=os.environ.get("LOCAL_RANK", "0") == "0",
         all_true=lambda flag: not groups.any_rank(not flag),
+        first_told=first_told,
+        doing=lambda text: (heartbeat or Heartbeat()).doing(f"{VERIFIES}: {text}"),
     )
     return open_data(run.config.data, num_train_samples=run.config.train.steps * run.global_size, ranks=ranks)
 
 
 class Feed:
-    """A run's training steps, on the device; its whole state is what it has consumed."""
+    """A run's training steps, on the device; its whole state is what it has consumed.
+
+    ``unverified``: corpora that this rank reads from end to end meanwhile; what is wrong with them ends the run.
+    """
 
     def __init__(
         self,
@@ -61,8 +76,10 @@ class Feed:
         *,
         consumed_samples: int,
         consumed_tokens: int = 0,
+        unverified: Sequence[Corpus] = (),
     ):
         self.consumed_samples, self.consumed_tokens = consumed_samples, consumed_tokens
+        self._check = BackgroundCheck(unverified)
         self._groups, self._num_micro_batches = groups, run.num_micro_batches
         self.samples_per_step, self._tokens_per_step = run.global_size, run.tokens_per_step
         self._loader: SampleLoader | None = None
@@ -71,15 +88,22 @@ class Feed:
             self._loader = source.loader(shape, consumed_samples=consumed_samples)
 
     def next_step(self) -> StepBatches:
-        """This rank's micro-batches of the next step."""
+        """This rank's micro-batches of the next step.
+
+        Raises:
+            DataError: they hold what no vocabulary has, or a corpus is not what was prepared; on this rank alone.
+        """
+        if self._check.fault is not None:
+            raise OneRankError(self._check.fault)
         self.consumed_samples += self.samples_per_step
         self.consumed_tokens += self._tokens_per_step
         if self._loader is None:
             return [None] * self._num_micro_batches
-        return to_device(next(self._loader), self._groups)
+        return to_device(next_batches(self._loader, self._groups), self._groups)
 
     def close(self) -> None:
-        """End the reading thread."""
+        """End the reading threads."""
+        self._check.close()
         if self._loader is not None:
             self._loader.close()
 
@@ -98,10 +122,20 @@ def evaluation_steps(
         if loader is None:
             yield [None], 0
         else:
-            found = next(loader)
+            found = next_batches(loader, groups)
             yield to_device(found, groups), sum(_num_counted(batch) for batch in found)
     if loader is not None:
         loader.close()
+
+
+def next_batches(loader: SampleLoader, groups: Groups) -> list[Batch]:
+    """The loader's next step.  What is wrong with it is printed by one of the ranks that read the same samples."""
+    try:
+        return next(loader)
+    except DataError as error:
+        if groups.place.tp == 0 and groups.place.pp == 0:
+            raise OneRankError(str(error)) from None
+        raise
 
 
 def step_shape(groups: Groups, *, micro_size: int, num_micro_batches: int) -> StepShape:

@@ -108,6 +108,7 @@ class Trained:
     tokenizer: Tokenizer
     device: torch.device
     plan: LayerPlan
+    folder: Path  # of the checkpoint
 
 
 def load_trained(
@@ -142,7 +143,7 @@ def load_trained(
     loader = WeightLoader(folder / WEIGHTS, TensorPlace(), tied=tied_names(plan))
     layers = [layer.module for layer in build_layers(root, plan.layers, plan.ties, [loader])]
     root.eval()
-    return Trained(layers, config, load_tokenizer(str(folder / TOKENIZER)), device, plan)
+    return Trained(layers, config, load_tokenizer(str(folder / TOKENIZER)), device, plan, folder)
 
 
 def load_generator(path: Path, device: torch.device) -> Generator:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import NoReturn
 
-from data_tools.errors import DataError
+from data_tools.errors import DataError, OneRankError
 from model_providers.errors import ModelError
 from pretrain.config_io import Run, load_run
 from pretrain.disks import no_space
@@ -76,11 +76,11 @@ def end_process(code: int) -> NoReturn:
 
 
 def exit_code(name: str, work: Callable[[], object]) -> int:
-    """0 when ``work`` is done; 2 on a user's mistake, with one line from the first rank."""
+    """0 when ``work`` is done; 2 on a user's mistake, with one line: the first rank's, or that of whom alone it met."""
     try:
         work()
     except (RunError, ModelError, DataError) as mistake:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or isinstance(mistake, OneRankError):
             print(f"{name}: {mistake}", file=sys.stderr)
         return USAGE_EXIT_CODE
     except Exception as fault:

@@ -68,7 +68,7 @@ def train(run: Run) -> Outcome:
     heartbeat.doing("opens data, builds the model, loads a checkpoint")
     console = logs.start(groups.rank, run.folder if groups.is_first else None)
     check_place(run, groups)
-    data = open_run_data(run, groups)
+    data = open_run_data(run, groups, heartbeat)
     plan = make_plan(run, groups)
     run, groups = settle_schedule(run, plan, groups)
     checkpoint = save_load.find(run, groups)
@@ -214,6 +214,7 @@ def make_feed(run: Run, data: TrainingData, groups: Groups, state: RunState) -> 
         groups,
         consumed_samples=state.consumed_samples,
         consumed_tokens=state.consumed_tokens,
+        unverified=data.unverified,
     )
 
 

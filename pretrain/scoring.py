@@ -10,10 +10,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data_tools.corpus import Corpus
 from data_tools.loader import Batch, SampleSource, StepShape
 from data_tools.masked_batches import MaskedBatch
 from data_tools.training_data import open_data
 from pretrain.batches import inputs_of
+from pretrain.checkpoint.store import TOKENIZER
 from pretrain.errors import RunError
 from pretrain.generate import Trained, load_trained
 
@@ -73,14 +75,35 @@ def evaluate(words: argparse.Namespace) -> None:
 def held_out_sets(trained: Trained, corpus: str | None) -> dict[str, SampleSource]:
     """The run's own validation and test sets, or a corpus that the user names."""
     config = trained.config.data
+    changes: dict[str, Any] = {
+        "verify": "off" if config.verify == "off" else "sampled"
+    }  # nobody waits for all of it
     if corpus is not None:
-        named = {"train": corpus, "split": "100,0,0", "validation": {corpus: corpus}, "test": {}}
-        return open_data(type(config)(**{**config.model_dump(), **named})).validation
-    data = open_data(config)
+        changes |= {"train": corpus, "split": "100,0,0", "validation": {corpus: corpus}, "test": {}}
+    for prefix in [corpus] if corpus is not None else config.prefixes():
+        _refuse_other_tokenizer(prefix, trained, key="corpus" if corpus is None else "--data")
+    # For corpora that do not say which one made them: their ids are compared with its vocabulary.
+    changes["tokenizer"] = str(trained.folder / TOKENIZER)
+    data = open_data(type(config)(**{**config.model_dump(), **changes}))
+    if corpus is not None:
+        return data.validation
     found = {**data.validation, **data.test}
     if not found:
         raise RunError("the run held nothing out (data.split, data.validation); name a corpus: --data PREFIX")
     return found
+
+
+def _refuse_other_tokenizer(prefix: str, trained: Trained, *, key: str) -> None:
+    corpus = Corpus(prefix, check=False)
+    if corpus.manifest is None:
+        return
+    made_by = corpus.manifest.tokenizer
+    if made_by.fingerprint != trained.tokenizer.fingerprint:
+        raise RunError(
+            f"{key}={prefix}: prepared with tokenizer {made_by.spec} ({made_by.vocab_size:,} ids), and the checkpoint "
+            f"has another ({trained.tokenizer.vocab_size:,} ids), so its losses would mean nothing: prepare the text "
+            f"with --tokenizer {trained.folder / TOKENIZER}"
+        )
 
 
 @torch.no_grad()
@@ -90,6 +113,7 @@ def score(trained: Trained, source: SampleSource, *, num_samples: int, micro_siz
     size = min(micro_size, there)
     loader = source.evaluation(StepShape(size), num_samples=there)
     totals = np.zeros(4)  # nats, tokens, right ones, bytes
+    bytes_of = trained.tokenizer.token_bytes()  # [v]
     sentences = np.zeros(2)  # right ones, all
     for (batch,) in loader:
         output, logits = _outputs(trained, batch)
@@ -103,7 +127,7 @@ def score(trained: Trained, source: SampleSource, *, num_samples: int, micro_siz
             float((losses.t().cpu().numpy() * mask).sum(dtype=np.float64)),
             int(mask.sum()),
             int(((found == batch.labels) & mask).sum()),
-            sum(_bytes(trained, row[some]) for row, some in zip(batch.labels, mask, strict=True)),
+            _num_bytes(batch.labels[mask], bytes_of),
         )
         if isinstance(batch, MaskedBatch) and batch.sentence_labels is not None and batch.counts is not None:
             guesses = output[1].argmax(dim=-1).cpu().numpy()
@@ -145,8 +169,6 @@ def _asked(batch: Batch) -> np.ndarray:
     return np.ones(batch.labels.shape, dtype=np.bool_) if batch.loss_mask is None else batch.loss_mask
 
 
-def _bytes(trained: Trained, tokens: np.ndarray) -> int:
-    """Of the text that these tokens spell; tokens that end or mark something spell none."""
-    end, size = trained.tokenizer.end_of_document, trained.tokenizer.vocab_size
-    text = tokens[(tokens != end) & (tokens < size)]
-    return len(trained.tokenizer.decode(text).encode())
+def _num_bytes(tokens: np.ndarray, bytes_of: np.ndarray) -> int:
+    """Of the text that these tokens stand for; those that an objective appended to the vocabulary stand for none."""
+    return int(bytes_of[tokens[tokens < len(bytes_of)]].sum())

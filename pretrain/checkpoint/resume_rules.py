@@ -57,7 +57,7 @@ RUN_FILE: dict[str, Rule] = {
         "moe.bias_update_rate mtp.loss_weight",
     ),
     **_keys(Rule.CONTENT, "data", "train split tokenizer sequence_length objective seed"),
-    **_keys(Rule.FREE, "data", "validation test documents mask_boundary_loss cache cache_scope"),
+    **_keys(Rule.FREE, "data", "validation test documents mask_boundary_loss cache cache_scope verify"),
     "train.seed": Rule.REFUSED,
     **_keys(
         Rule.FREE,

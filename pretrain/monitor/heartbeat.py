@@ -13,6 +13,7 @@ from typing import NamedTuple
 VARIABLE = "MEGALOOM_HEARTBEAT"
 RECORD_BYTES = 160
 EVALUATES, SAVES = "evaluates", "saves a checkpoint"  # these take as long as they take
+VERIFIES = "verifies the corpora"
 COMPILES = "compiles"  # a kernel, in another process: so does this
 
 

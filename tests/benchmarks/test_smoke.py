@@ -30,7 +30,7 @@ SMALL: dict[str, tuple[str, str]] = {
     "vocabulary": ("--layers 4 --micro-batches 4 --vocabularies 256 512", "512"),
 }
 LONGER: dict[str, tuple[str, str]] = {
-    "data": ("--text-mb 1 --repeats 1", "one rank"),
+    "data": ("--text-mb 1 --repeats 1 --documents 10000", "ids"),
     "fp8": ("--small --steps 1 --recipes current", "current, torch"),
     "fp8_loss": ("--run {run_file} --steps 1 --recipes current", "current"),
     "moe": ("--parts steps layer --shapes small --dtypes fp32 --repeats 1", "whole layer"),

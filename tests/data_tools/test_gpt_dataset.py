@@ -12,11 +12,21 @@ from data_tools.index_cache import IndexCache
 from tests.data_tools.making import make_index, make_sentences
 
 
-def dataset(prefix: str, *, s: int = 4, seed: int = 1, first: int = 0, last: int | None = None) -> GPTDataset:
+def dataset(
+    prefix: str,
+    *,
+    s: int = 4,
+    seed: int = 1,
+    first: int = 0,
+    last: int | None = None,
+    vocab_size: int | None = None,
+) -> GPTDataset:
     corpus = Corpus(prefix)
     last = corpus.index.num_documents if last is None else last
     cache = IndexCache(Path(prefix).parent / "cache")
-    return GPTDataset(corpus, sequence_length=s, seed=seed, first=first, last=last, cache=cache)
+    return GPTDataset(
+        corpus, sequence_length=s, seed=seed, first=first, last=last, cache=cache, vocab_size=vocab_size
+    )
 
 
 def numbered(prefix: Path, lengths: list[int]) -> str:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from data_tools.blended_dataset import BlendedDataset
 from data_tools.errors import DataError
+from data_tools.indexed import IndexedReader
 from data_tools.loader import GPTBatch, SampleLoader, SampleSource, StepShape
 from data_tools.packing import loss_mask, segments
 from tests.data_tools.test_gpt_dataset import dataset, numbered
@@ -105,7 +106,7 @@ def test_a_fault_while_reading_reaches_the_training_loop(
     def torn(number: int) -> None:
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(source.dataset, "sample", torn)
+    monkeypatch.setattr(source.dataset, "read", torn)
     with pytest.raises(OSError, match="the disk is gone"):
         for _ in range(3):
             next(loader)
@@ -165,3 +166,27 @@ def test_an_evaluation_never_repeats_a_sample(source: SampleSource) -> None:
 def test_a_negative_position_is_told(source: SampleSource) -> None:
     with pytest.raises(DataError, match="consumed_samples=-1 is negative"):
         source.loader(StepShape(1), consumed_samples=-1)
+
+
+@pytest.mark.parametrize("limit", [None, 5 << 8])
+def test_an_id_beyond_the_vocabulary_is_told_with_its_place(tmp_path: Path, limit: int | None) -> None:
+    """`numbered` gives each token its document and place: the largest id is in the last of them."""
+    prefix = numbered(tmp_path / "c", [9] * 5)
+    largest = int(IndexedReader(prefix).tokens.max())
+    source = SampleSource(
+        "train",
+        BlendedDataset([dataset(prefix, s=S, vocab_size=limit and largest)], [1]),
+        reset_at_documents=False,
+        mask_boundary_loss=False,
+    )
+    document, offset = IndexedReader(prefix).locate(int(IndexedReader(prefix).tokens.argmax()))
+    numbers = list(range(source.dataset.num_distinct_samples()))
+    if limit is None:
+        source.batch(numbers)
+        return
+    for read in (
+        lambda: source.batch(numbers),
+        lambda: [source.dataset.sample(number) for number in numbers],
+    ):
+        with pytest.raises(DataError, match=f"token {offset} of document {document} is id {largest}, beyond"):
+            read()

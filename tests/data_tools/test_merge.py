@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 
 from data_tools.corpus import Corpus
+from data_tools.data_check import DataCheck
 from data_tools.errors import DataError
 from data_tools.manifest import load_manifest
 from data_tools.merge import merge
 from data_tools.verify import faults
+from tests.data_tools.damage import flip_a_bit, to_format_1
 from tests.data_tools.making import make_corpus, make_index, make_sentences
 
 
@@ -70,3 +72,22 @@ def test_a_damaged_corpus_is_not_merged(tmp_path: Path) -> None:
         stream.write(b"\0\0")
     with pytest.raises(DataError, match=r"is damaged .*1 tokens more than the index speaks of"):
         merge([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "out"))
+
+
+def test_damaged_data_get_no_fresh_checksum(tmp_path: Path) -> None:
+    make_corpus(tmp_path / "a", ["x"])
+    make_corpus(tmp_path / "b", ["yz"])
+    flip_a_bit(0)(tmp_path / "b")
+    with pytest.raises(DataError, match=r"corpus=.*b is damaged .*prepare it again before merging"):
+        merge([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "out"))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_merged_corpus_has_hashes_of_its_own(tmp_path: Path) -> None:
+    for name in "ab":
+        make_corpus(tmp_path / name, [name * 5])
+        to_format_1(tmp_path / name)
+    merge([str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "out"))
+    corpus = Corpus(tmp_path / "out")
+    assert corpus.manifest is not None and corpus.manifest.format == 2
+    DataCheck([corpus], verify="sampled", seed=0, vocab_size=257).at_start()

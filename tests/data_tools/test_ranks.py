@@ -8,13 +8,15 @@ from typing import Literal
 
 import pytest
 
-from data_tools.ranks import ALONE, PROBE_NAME, Ranks, is_builder
+from data_tools.errors import DataError
+from data_tools.ranks import ALONE, PROBE_NAME, Ranks, is_builder, together
 from tests.patience import patient_s
 
 
 def run_ranks(num_nodes: int, per_node: int, task: Callable[[int, Ranks], object]) -> list[object]:
     """``task(node, ranks)`` on every rank at once; results in rank order."""
     votes: list[bool] = []
+    texts: list[tuple[int, str]] = []
     world = num_nodes * per_node
     barrier = threading.Barrier(world)
 
@@ -27,7 +29,14 @@ def run_ranks(num_nodes: int, per_node: int, task: Callable[[int, Ranks], object
 
     def rank(number: int) -> object:
         node, local = divmod(number, per_node)
-        return task(node, Ranks(number == 0, local == 0, all_true))
+
+        def first_told(text: str | None) -> str | None:
+            if text is not None:
+                texts.append((number, text))
+            barrier.wait(timeout=patient_s(20))
+            return min(texts)[1] if texts else None
+
+        return task(node, Ranks(number == 0, local == 0, all_true, first_told))
 
     with ThreadPoolExecutor(world) as pool:
         return list(pool.map(rank, range(world)))
@@ -68,3 +77,18 @@ def test_a_folder_that_cannot_be_written_is_taken_for_per_node(tmp_path: Path) -
 def test_a_single_process_builds(tmp_path: Path) -> None:
     for scope in ("auto", "shared", "per-node"):
         assert is_builder(tmp_path, scope=scope, ranks=ALONE)  # type: ignore[arg-type]
+
+
+def test_a_fault_that_some_ranks_meet_is_told_on_all() -> None:
+    def task(node: int, ranks: Ranks) -> object:
+        def work() -> str:
+            if node == 1:
+                raise DataError(f"node {node} lacks it")
+            return "done"
+
+        with pytest.raises(DataError) as told:
+            together(ranks, work)
+        return str(told.value)
+
+    assert run_ranks(2, 2, task) == ["node 1 lacks it"] * 4
+    assert run_ranks(1, 2, lambda node, ranks: together(ranks, lambda: node)) == [0, 0]

@@ -1,15 +1,18 @@
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from data_tools import training_data
+from data_tools import data_check, training_data
 from data_tools.config import DataConfig
+from data_tools.corpus import Corpus
 from data_tools.errors import DataError
 from data_tools.gpt_dataset import GPTDataset
 from data_tools.loader import StepShape
 from data_tools.ranks import Ranks
 from data_tools.training_data import CACHE_NAME, TrainingData, open_data
+from tests.data_tools.damage import flip_a_bit
 from tests.data_tools.making import make_corpus, words
 from tests.data_tools.test_ranks import run_ranks
 
@@ -160,8 +163,41 @@ def test_a_fault_on_one_rank_ends_all_of_them(corpora: Path) -> None:
         return None
 
     here, _, there, _ = run_ranks(2, 2, rank)
-    assert "another rank could not open its data" in str(here)
-    assert "corpus=nowhere" in str(there)
+    assert here == there and "corpus=nowhere" in str(there)
+
+
+@pytest.mark.parametrize("verify", ["sampled", "full"])
+def test_one_rank_of_each_node_verifies_and_all_end_with_what_it_finds(
+    corpora: Path, monkeypatch: pytest.MonkeyPatch, verify: str
+) -> None:
+    monkeypatch.setattr(data_check, "BLOCKS_AT_START", 2)
+    monkeypatch.setattr(data_check, "BLOCKS_OF_ALL", 2)
+    monkeypatch.setattr(training_data, "SECONDS_BETWEEN_VOTES", 0.0)  # a vote after each block
+    monkeypatch.setattr("data_tools.indexed_writer.BLOCK_BYTES", 1024)
+    make_corpus(corpora / "v", [words(number) for number in range(60)])
+    read: list[str] = []
+    real = data_check.check_whole
+
+    def counted(corpus: Corpus) -> Iterator[None]:
+        read.append(corpus.prefix)
+        return real(corpus)
+
+    monkeypatch.setattr(data_check, "check_whole", counted)
+
+    def rank(node: int, ranks: Ranks) -> object:
+        try:
+            return [
+                corpus.prefix
+                for corpus in open_data(config(train="v", verify=verify), ranks=ranks).unverified
+            ]
+        except DataError as error:
+            return str(error)
+
+    assert run_ranks(2, 2, rank) == ([["v"], [], ["v"], []] if verify == "sampled" else [[], [], [], []])
+    assert read == ([] if verify == "sampled" else ["v", "v"])
+    flip_a_bit(-1)(corpora / "v")
+    told = run_ranks(2, 2, rank)
+    assert len(set(map(str, told))) == 1 and "of .bin (bytes" in str(told[0])
 
 
 def test_a_builder_that_fails_does_not_leave_the_others_waiting(

@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from data_tools.errors import DataError
+from data_tools.tokenizer_training import train_tokenizer
 from data_tools.training_data import open_data
 from launch.evaluate import main as evaluate
 from pretrain.errors import RunError
 from pretrain.fill import fill_spans, fill_text
 from pretrain.generate import load_generator, load_trained
 from pretrain.scoring import held_out_sets, score
+from tests.data_tools.making import make_corpus, make_index, words
 from tests.pretrain.test_resume import eight, train
 from tests.ranks import RankPool
 
@@ -58,7 +61,7 @@ def test_scores_add_up(runs: dict[str, Path], family: str) -> None:
         batch = open_data(trained.config.data).validation["valid"].batch(list(range(6)))
         num_bytes = int((batch.labels < 256).sum())
         assert found.bits_per_byte == pytest.approx(
-            found.loss * found.tokens / math.log(2) / num_bytes, rel=0.02
+            found.loss * found.tokens / math.log(2) / num_bytes, rel=1e-6
         )
 
 
@@ -69,6 +72,29 @@ def test_a_corpus_may_be_named_and_json_asked_for(
     evaluate([str(runs["gpt"]), "--data", corpus, "--samples", "3", "--json"])
     (facts,) = json.loads(capsys.readouterr().out.splitlines()[-1]).values()
     assert facts["samples"] == 3 and facts["tokens"] == 3 * 32
+
+
+@pytest.mark.ranks
+def test_a_corpus_of_another_tokenizer_is_refused_before_anything_is_computed(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.scoring.score", None)
+    make_bpe_corpus(tmp_path / "bpe")
+    with pytest.raises(RunError, match=r"^--data=.*bpe: prepared with tokenizer .*json \(300 ids\), .*257"):
+        evaluate([str(runs["gpt"]), "--data", str(tmp_path / "bpe")])
+    # One that does not say which made it is read with the checkpoint's, if that has all its ids.
+    bare = make_index(tmp_path / "bare", [[7] * 500, [8] * 70 + [300] * 70])
+    with pytest.raises(DataError, match="token 70 of document 1 is id 300, beyond the vocabulary of 257 ids"):
+        evaluate([str(runs["gpt"]), "--data", bare])
+    trained = load_trained(runs["gpt"], torch.device("cpu"))
+    (source,) = held_out_sets(trained, make_index(tmp_path / "bare", [[7] * 500])).values()
+    assert source.dataset.num_distinct_samples() > 0
+
+
+def make_bpe_corpus(prefix: Path) -> None:
+    tokenizer = str(prefix.with_name("bpe.json"))
+    train_tokenizer((words(number) for number in range(50)), vocab_size=300).save(tokenizer)
+    make_corpus(prefix, [words(number) for number in range(9)], tokenizer=tokenizer)
 
 
 @pytest.mark.ranks
