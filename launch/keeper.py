@@ -43,6 +43,7 @@ from launch.reports import (
 )
 from launch.words import unwrap
 from pretrain.monitor import heartbeat
+from pretrain.redaction import redacted_args
 
 LOOK_EVERY_S = 0.1
 LAST_WORDS_S = 1.0  # what a dead program's children may still hold of its output
@@ -95,7 +96,9 @@ class Keeper:
         number = self._beats.fileno()
         environment[heartbeat.VARIABLE] = str(number)
         command = [sys.executable, "-u", "-m", module, *arguments]
-        self._tell_log(f"{datetime.now():%Y-%m-%d %H:%M:%S} {self._host}: {' '.join(command)}\n")
+        self._tell_log(
+            f"{datetime.now():%Y-%m-%d %H:%M:%S} {self._host}: {' '.join(redacted_args(command))}\n"
+        )
         out = self._terminal(environment) if self._place.rank == 0 else None
         self._process = subprocess.Popen(
             command,

@@ -12,7 +12,7 @@ from data_tools.training_data import check_data
 from launch import report
 from launch.backends import LAUNCHERS, Job, best_launcher, command_shown, launcher_fault
 from launch.devices import device_type, num_gpus
-from launch.hostfile import Host, chosen, num_slots, read_hostfile
+from launch.hostfile import Host, chosen, name_fault, num_slots, read_hostfile
 from launch.supervise import Options, Supervisor, newest_checkpoint
 from model_providers.fp8.config import BACKENDS, RECIPES
 from pretrain.checkpoint.state import check_before_start
@@ -138,7 +138,9 @@ def add_host_words(own: argparse.ArgumentParser) -> None:
     many.add_argument("--include", default="", metavar="SPEC", help="of the hostfile, such as a@b:0,2")
     many.add_argument("--exclude", default="", metavar="SPEC", help="of the hostfile, such as b:1")
     many.add_argument("--launcher", default="auto", metavar="NAME", help="auto, pdsh, ssh, openmpi or slurm")
-    many.add_argument("--master_addr", metavar="ADDRESS", help="of the first host, as the others see it")
+    many.add_argument(
+        "--master_addr", type=address, metavar="ADDRESS", help="of the first host, as the others see it"
+    )
     many.add_argument("--master_port", type=port, metavar="PORT", help="a free one, if not given")
     many.add_argument(
         "--export",
@@ -204,6 +206,13 @@ def port(text: str) -> int:
     if not 1 <= number <= 65535:
         raise argparse.ArgumentTypeError(f"{number}: a port is 1 to 65535")
     return number
+
+
+def address(text: str) -> str:
+    wrong = name_fault(text)
+    if wrong is not None:
+        raise argparse.ArgumentTypeError(wrong)
+    return text.strip("[]")
 
 
 def variable(text: str) -> str:

@@ -51,6 +51,8 @@ from pretrain.monitor.eight_bits_watch import EightBitsWatch
 from pretrain.monitor.experts import ExpertWatch
 from pretrain.monitor.heartbeat import Heartbeat
 from pretrain.monitor.sinks import ConsoleSink, DeepSpeedMonitors, ExpertLoadLines, JsonLines, Sink
+from pretrain.monitor.trackers import engine_document, open_trackers
+from pretrain.redaction import redacted
 from pretrain.run_file import to_yaml
 
 log = logging.getLogger(__name__)
@@ -204,7 +206,7 @@ def make_fp8(run: Run, groups: Groups) -> Fp8Config | None:
 
 def make_engine(run: Run, plan: LayerPlan, groups: Groups) -> Engine:
     """The engine that the layout asks for, with initial weights from the seed or from `checkpoint.weights_from`."""
-    document = preflight.prepare_native_parts(dict(run.deepspeed), groups)
+    document = preflight.prepare_native_parts(engine_document(run.deepspeed), groups)
     arguments: dict[str, Any] = {"json": document, "optimizer": run.config.optimizer}
     source = run.config.checkpoint.weights_from
     if source is not None:
@@ -308,12 +310,14 @@ def open_run_log(
     """The run folder's files, the banner and the sinks; rank 0 only."""
     data.tokenizer.save(run.folder / TOKENIZER)
     write_whole(run.folder / "run.yaml", to_yaml(run.config))
-    write_whole(run.folder / "deepspeed.json", json.dumps(run.deepspeed, indent=2) + "\n")
+    document = json.dumps(redacted(run.deepspeed), indent=2)
+    write_whole(run.folder / "deepspeed.json", document + "\n")
     banner.show(console, run, engine, plan, resumed=checkpoint, barred=barred)
-    texts = {"run": to_yaml(run.config), "deepspeed": json.dumps(run.deepspeed, indent=2)}
+    trackers = open_trackers(run.deepspeed, resumed_step=state.step)
+    texts = {"run": to_yaml(run.config), "deepspeed": document}
     return [
         JsonLines(run.folder / "metrics.jsonl", resumed_step=state.step),
         ExpertLoadLines(run.folder / "expert_loads.jsonl", resumed_step=state.step),
-        DeepSpeedMonitors(engine.deepspeed.monitor, resumed_step=state.step, texts=texts),
+        DeepSpeedMonitors(trackers, resumed_step=state.step, texts=texts),
         ConsoleSink(console, num_steps=run.config.train.steps, first_step=state.step),
     ]
