@@ -62,7 +62,7 @@ class Attempt:
             subprocess.Popen(
                 start.command if start.host else [sys.executable, "-m", "launch.leash", *start.command],
                 env=start.environment,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE if start.stdin else subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -78,6 +78,8 @@ class Attempt:
                 reader = threading.Thread(target=self._read, args=(number, pipe, is_error), daemon=True)
                 reader.start()
                 self._readers.append(reader)
+            if starts[number].stdin:
+                threading.Thread(target=_feed, args=(process, starts[number].stdin), daemon=True).start()
 
     def wait(self) -> Outcome:
         """Until all has ended, by itself, by a signal, or because a rank failed."""
@@ -206,6 +208,13 @@ class Attempt:
 
     def _on_host(self, what: str) -> str:
         return in_folder(os.getcwd(), [sys.executable, "-m", "launch.processes", self._mark, what])
+
+
+def _feed(process: "subprocess.Popen[str]", text: str) -> None:
+    """In a thread of its own: ssh reads once it is connected."""
+    assert process.stdin is not None
+    with contextlib.suppress(OSError), process.stdin:  # a connection that failed reads nothing
+        process.stdin.write(text)
 
 
 def _killer(code: int) -> str | None:

@@ -37,7 +37,7 @@ EXPORTED = (
         "HF_",
         "DS_ACCELERATOR",
     ),
-    *("PYTHON", "TOKENIZERS_", "MLFLOW", "WANDB_", "MEGALOOM_"),
+    *("PYTHON", "TOKENIZERS_", "MLFLOW", "WANDB_", "COMET_", "MEGALOOM_"),
 )
 # Of these the first that is there tells a rank's place: DeepSpeed's and torch's own, Open MPI's, Slurm's.
 PLACES = (

@@ -11,6 +11,7 @@ from collections.abc import Collection
 
 import psutil
 
+from launch import secret_files
 from launch.env import LAUNCH_ID
 
 KEEPER = "launch.keeper"
@@ -82,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     if what == "stop":
         print(len(stop(mark)))
         return 0
+    secret_files.remove(mark)
     return 1 if end(mark) else 0
 
 

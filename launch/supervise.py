@@ -15,7 +15,7 @@ from pathlib import Path
 
 from launch import report
 from launch.attempt import Attempt, Outcome, new_mark
-from launch.backends import Job, free_port, rank_hosts, starts
+from launch.backends import Job, deliver_secrets, free_port, rank_hosts, starts
 from launch.env import KEEPER_LOGS, KEEPER_SIZE, LAUNCH_ID, exported
 from launch.hostfile import Host, num_slots
 from launch.preflight import Preflight, Questions, preflight
@@ -102,6 +102,8 @@ class Supervisor:
         )
         with tempfile.TemporaryDirectory(prefix="megaloom-launch-") as scratch:
             begun = starts(job, self.options.launcher, Path(scratch))
+            if hosts:
+                deliver_secrets(job, self.options.launcher, mark)
             outcome = Attempt(begun, watch, mark=mark, hosts=hosts).wait()
         self.history.append(report.Started(at, tuple(host.name for host in hosts), outcome))
         return outcome

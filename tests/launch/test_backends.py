@@ -37,7 +37,8 @@ def test_plain_ssh_starts_deepspeeds_own_launcher_on_every_host(tmp_path: Path) 
     assert [start.host for start in begun] == ["a", "b"]
     assert [start.command[0] for start in begun] == ["ssh", "ssh"]
     line = begun[1].command[-1]
-    assert "deepspeed.launcher.launch" in line and "--node_rank=1" in line and " A=x " in line
+    assert json.loads(begun[1].stdin) == {"A": "x"}
+    assert "deepspeed.launcher.launch" in line and "--node_rank=1" in line and "A=x" not in line
     assert world_of(line.split()) == {"a": [0, 1], "b": [1]}
 
 
