@@ -1,9 +1,9 @@
 """Command lines that start the keepers of all ranks: the `deepspeed` launcher in each of its ways, and plain ssh.
 
 Plain ssh starts DeepSpeed's own per-node launcher on every host, so ranks find the same environment; it needs neither
-pdsh here nor DeepSpeed or torch on the machine that it starts from.  No variable is in a command line of ssh, which `ps`
-shows to all; those that hold secrets are in none (`secret_files.py`).  A single machine has nobody to look for, so the
-per-node launcher is started at once: `deepspeed` would import itself only to start it.
+pdsh here nor DeepSpeed or torch on the machine that it starts from.  No variable is in a command line of ssh, which
+`ps` shows to all; those that hold secrets are in none (`secret_files.py`).  A single machine has nobody to look for, so
+the per-node launcher is started at once: `deepspeed` would import itself only to start it.
 """
 
 import base64

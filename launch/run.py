@@ -148,7 +148,8 @@ def add_host_words(own: argparse.ArgumentParser) -> None:
         type=variable,
         default=[],
         metavar="NAME[=VALUE]",
-        help="a variable for all ranks, beside NCCL_*, GLOO_*, UCX_*, OMP_*, TORCH*, PYTHON* and the like; a secret by NAME alone",
+        help="a variable for all ranks, beside NCCL_*, GLOO_*, UCX_*, OMP_*, TORCH*, PYTHON* and the like; give a "
+        "secret by its NAME alone, since `ps` shows VALUE",
     )
 
 

@@ -1,9 +1,9 @@
 """Secrets of one launch on one host, such as WANDB_API_KEY: a file that only this user reads, gone once it was read.
 
-DeepSpeed's runner puts exported variables into the command lines of pdsh and mpirun, which `ps` shows to everybody, here
-and there.  So variables that hold secrets come over ssh's standard input instead, before the ranks start
-(``python -m launch.secret_files MARK put``), and the keeper of each rank takes them from the file.  The last of a host's
-ranks removes it; so does the end of the launch (`processes.py`).
+DeepSpeed's runner puts exported variables into the command lines of pdsh and mpirun, which `ps` shows to everybody,
+here and there.  So variables that hold secrets come over ssh's standard input instead, before the ranks start
+(``python -m launch.secret_files MARK put``), and the keeper of each rank takes them from the file.  The last of a
+host's ranks removes it; so does the end of the launch (`processes.py`).
 """
 
 import contextlib

@@ -254,6 +254,13 @@ def test_a_run_that_is_killed_outright_takes_its_ranks_along(run_file: Path) -> 
     process, _ = start(run_file, "train.steps=100000")
     below = psutil.Process(process.pid).children(recursive=True)
     assert len(below) >= 6, "a leash, two launchers, two keepers and two ranks"
+    listening = {
+        link.laddr.ip
+        for child in below
+        for link in child.net_connections("inet")
+        if link.status == psutil.CONN_LISTEN
+    }
+    assert listening == {"127.0.0.1"}, "torch's store and gloo's pairs, open to this machine alone"
     process.kill()
     assert psutil.wait_procs(below, timeout=patient_s(30))[1] == []
 
