@@ -15,6 +15,7 @@ from launch.devices import device_type, num_gpus
 from launch.hostfile import Host, chosen, name_fault, num_slots, read_hostfile
 from launch.supervise import Options, Supervisor, newest_checkpoint
 from model_providers.fp8.config import BACKENDS, RECIPES
+from pretrain import run_lock
 from pretrain.checkpoint.state import check_before_start
 from pretrain.config_io import Run, find_deepspeed_json, load_run
 from pretrain.config_rules import device_faults
@@ -32,6 +33,8 @@ def main(argv: list[str]) -> None:
         words.run, words.words, num_ranks=num_ranks, deepspeed_config=words.deepspeed_config, hosts=wanted
     )
     check_before_start(run)
+    if not words.dry_run:
+        run_lock.check_free(run.folder)
     options = options_of(words, run, hosts, num_ranks)
     arguments = [words.run, *words.words]
     if words.deepspeed_config:

@@ -24,6 +24,7 @@ from model_providers.layer_plan import (
     Wire,
 )
 from model_providers.losses import WeightedLoss
+from pretrain import run_lock
 from pretrain.batches import Feed, open_run_data
 from pretrain.checkpoint import save_load, store
 from pretrain.checkpoint.state import RunState, layout_of, model_of, optimizer_of
@@ -54,6 +55,7 @@ from pretrain.monitor.sinks import ConsoleSink, DeepSpeedMonitors, ExpertLoadLin
 from pretrain.monitor.trackers import engine_document, open_trackers
 from pretrain.redaction import redacted
 from pretrain.run_file import to_yaml
+from pretrain.run_lock import RunLock
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +68,31 @@ def train(run: Run) -> Outcome:
     heartbeat = Heartbeat.of(os.environ)
     heartbeat.doing("joins the other ranks")
     groups = join(run.layout)
+    lock = lock_folder(run, groups)
+    try:
+        return train_alone(run, groups, heartbeat)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def lock_folder(run: Run, groups: Groups) -> RunLock | None:
+    """The run's folder, for this run alone; rank 0 holds its lock, and left-overs of a killed start are removed."""
+    lock, refusal = None, None
+    if groups.is_first:
+        try:
+            lock = run_lock.take(run.folder, os.environ.get(run_lock.JOB_ID))
+            store.remove_temporary(run.folder, save_load.checkpoint_root(run))
+        except RunError as told:
+            refusal = str(told)
+    refusal = groups.first_told(refusal)
+    if refusal is not None:
+        raise RunError(refusal)
+    return lock
+
+
+def train_alone(run: Run, groups: Groups, heartbeat: Heartbeat) -> Outcome:
+    """With the run's folder to itself."""
     heartbeat.doing("opens data, builds the model, loads a checkpoint")
     console = logs.start(groups.rank, run.folder if groups.is_first else None)
     check_place(run, groups)
