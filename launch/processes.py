@@ -35,6 +35,11 @@ def marked(mark: str) -> list[psutil.Process]:
     return found
 
 
+def has_keepers(mark: str) -> bool:
+    """Whether ranks of the launch are at work here."""
+    return any(_module(process) == KEEPER for process in marked(mark))
+
+
 def stop(mark: str, *, but: Collection[int] = ()) -> set[int]:
     """Ask the ranks to finish their step, save and end, ``but`` those asked already; returns the keepers asked."""
     keepers = [process for process in marked(mark) if _module(process) == KEEPER and process.pid not in but]

@@ -76,6 +76,8 @@ class Supervisor:
             if failure is None:
                 return outcome.code
             if failure.is_the_users:
+                if not failure.was_shown:
+                    on_failure(self.history)
                 return failure.code
             if len(self.history) > self.options.restarts or outcome.was_asked:
                 on_failure(self.history)

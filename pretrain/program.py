@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -18,6 +19,7 @@ from pretrain.config_io import Run, load_run
 from pretrain.errors import RunError
 
 USAGE_EXIT_CODE = 2
+FIRST_RANK_S = 1.0  # what other ranks leave it to tell a mistake that all have met
 
 
 def rank_parser(name: str, description: str | None) -> argparse.ArgumentParser:
@@ -75,11 +77,16 @@ def end_process(code: int) -> NoReturn:
 
 
 def exit_code(name: str, work: Callable[[], object]) -> int:
-    """0 when ``work`` is done; 2 on a user's mistake, with one line from the first rank."""
+    """0 when ``work`` is done; 2 on a user's mistake, with one line from every rank that met it.
+
+    The launcher shows a line once that many ranks say, and ends all ranks when one has ended: so the first rank, whose
+    output every launcher shows, goes first.
+    """
     try:
         work()
     except (RunError, ModelError, DataError) as mistake:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{name}: {mistake}", file=sys.stderr)
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(FIRST_RANK_S)
+        print(f"{name}: {mistake}", file=sys.stderr, flush=True)
         return USAGE_EXIT_CODE
     return 0
