@@ -17,13 +17,12 @@ def init_process_group(backend: str, *, timeout: datetime.timedelta | None = Non
     """Join the world that the launcher's environment describes, unless that is done already."""
     if dist.is_initialized():
         return
-    wait = {} if timeout is None else {"timeout": timeout}
     if not meets_on_loopback(os.environ):
-        dist.init_process_group(backend, **wait)
+        dist.init_process_group(backend, timeout=timeout)
         return
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = loopback_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank, world_size)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, **wait)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def meets_on_loopback(environment: Mapping[str, str]) -> bool:
