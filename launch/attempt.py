@@ -29,6 +29,7 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 LISTEN_S = 0.1
 ASK_AGAIN_S = 0.5
 LAST_WORDS_S = 2.5  # after a first failure, for those that failed with it
+LOOK_AGAIN_S = 1.0  # for ranks that go on without a launcher
 CLEANING_S = 30.0
 SIGNALLED = {256 - number: number for number in signal.valid_signals()}  # the launcher's exit code for -n
 
@@ -56,13 +57,15 @@ class Attempt:
         self._signals = 0
         self._lines: queue.Queue[tuple[int, bool, str]] = queue.Queue()
         self._last: dict[int, str] = {}
-        self._readers: list[threading.Thread] = []
+        self._readers: dict[int, list[threading.Thread]] = {}
+        self._ended_s: dict[int, float] = {}  # when a launcher's end was seen
+        self._without_launcher_s: float | None = None  # when ranks were last seen that go on by themselves
         self._starts = list(starts)
         self._processes = [
             subprocess.Popen(
                 start.command if start.host else [sys.executable, "-m", "launch.leash", *start.command],
                 env=start.environment,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE if start.stdin else subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -77,7 +80,9 @@ class Attempt:
                 assert pipe is not None
                 reader = threading.Thread(target=self._read, args=(number, pipe, is_error), daemon=True)
                 reader.start()
-                self._readers.append(reader)
+                self._readers.setdefault(number, []).append(reader)
+            if starts[number].stdin:
+                threading.Thread(target=_feed, args=(process, starts[number].stdin), daemon=True).start()
 
     def wait(self) -> Outcome:
         """Until all has ended, by itself, by a signal, or because a rank failed."""
@@ -90,12 +95,19 @@ class Attempt:
             self._drain()
             for number, handler in before.items():
                 signal.signal(number, handler)
-        is_early = self._signals == 1 and not self._watch.step  # ranks that only start obey by ending
+        is_early = self._signals == 1 and self._ended_before_a_step()
         failure = None if self._signals > 1 or is_early else self._watch.failure
         code = failure.code if failure else 130 if self._signals > 1 or is_early else 0
         if is_early:
             print("stopped before the first step: nothing was saved", file=sys.stderr, flush=True)
         return Outcome(code, failure, self._signals > 0, self._watch.step, left)
+
+    def _ended_before_a_step(self) -> bool:
+        """Whether ranks that were only starting obeyed a signal by ending; those that save end with 0."""
+        watch = self._watch
+        if watch.step or watch.all_succeeded:
+            return False
+        return watch.failure is None or _killer(watch.failure.code) is not None
 
     def _listen(self) -> None:
         told_stall_s: float | None = None
@@ -106,9 +118,10 @@ class Attempt:
                 return  # DeepSpeed's launcher would sleep for another second or two (launch.py, time.sleep)
             if self._signals > 1 or (self._watch.has_failed and self._watch.failed_for_s > LAST_WORDS_S):
                 return
-            if all(process.poll() is not None for process in self._processes):
-                for reader in self._readers:  # what was said last may be on its way still
-                    reader.join(LAST_WORDS_S / len(self._readers))
+            if (
+                all(self._was_heard_out(number) for number in range(len(self._processes)))
+                and not self._go_on()
+            ):
                 self._drain()
                 self._look_at_launchers()
                 self._watch.launchers_ended()
@@ -140,7 +153,9 @@ class Attempt:
         """A launcher that ends badly while no rank has said why."""
         for number, (process, start) in enumerate(zip(self._processes, self._starts, strict=True)):
             code = process.poll()
-            if code in (None, 0) or self._watch.has_failed or self._signals or not self._lines.empty():
+            if code in (None, 0) or self._watch.has_failed or self._signals:
+                continue
+            if not self._was_heard_out(number) or self._go_on():
                 continue
             if start.host is not None and code == SSH_FAILED:
                 obstacle = Answer(start.host, code, "", self._last.get(number, "")).obstacle
@@ -153,6 +168,29 @@ class Attempt:
             else:
                 last = self._last.get(number)
                 self._watch.launcher_failed(code, f" ({last})" if last else "")
+
+    def _was_heard_out(self, number: int) -> bool:
+        """Whether a launcher has ended, and all that was said before: a rank's last words may be on their way still."""
+        if self._processes[number].poll() is None:
+            return False
+        ended_s = self._ended_s.setdefault(number, time.monotonic())
+        is_silent = not any(reader.is_alive() for reader in self._readers[number])
+        return self._lines.empty() and (is_silent or time.monotonic() - ended_s > LAST_WORDS_S)
+
+    def _go_on(self) -> bool:
+        """Whether ranks on this machine are at work without the launcher, which was killed: they tell how they end."""
+        if self._hosts or self._watch.has_failed or self._watch.all_succeeded or self._signals > 1:
+            return False
+        now_s = time.monotonic()
+        if self._without_launcher_s is not None and now_s - self._without_launcher_s < LOOK_AGAIN_S:
+            return True
+        if not processes.has_keepers(self._mark):
+            return False
+        if self._without_launcher_s is None:
+            told = "warning: DeepSpeed's launcher has ended before the ranks did; they go on without it"
+            print(told, file=sys.stderr, flush=True)
+        self._without_launcher_s = now_s
+        return True
 
     def _read(self, number: int, pipe: IO[str], is_error: bool) -> None:
         for line in pipe:
@@ -208,6 +246,13 @@ class Attempt:
 
     def _on_host(self, what: str) -> str:
         return in_folder(os.getcwd(), [sys.executable, "-m", "launch.processes", self._mark, what])
+
+
+def _feed(process: "subprocess.Popen[str]", text: str) -> None:
+    """In a thread of its own: ssh reads once it is connected."""
+    assert process.stdin is not None
+    with contextlib.suppress(OSError), process.stdin:  # a connection that failed reads nothing
+        process.stdin.write(text)
 
 
 def _killer(code: int) -> str | None:

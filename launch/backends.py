@@ -1,8 +1,9 @@
 """Command lines that start the keepers of all ranks: the `deepspeed` launcher in each of its ways, and plain ssh.
 
 Plain ssh starts DeepSpeed's own per-node launcher on every host, so ranks find the same environment; it needs neither
-pdsh here nor DeepSpeed or torch on the machine that it starts from.  A single machine has nobody to look for, so the
-per-node launcher is started at once: `deepspeed` would import itself only to start it.
+pdsh here nor DeepSpeed or torch on the machine that it starts from.  No variable is in a command line of ssh, which
+`ps` shows to all; those that hold secrets are in none (`secret_files.py`).  A single machine has nobody to look for, so
+the per-node launcher is started at once: `deepspeed` would import itself only to start it.
 """
 
 import base64
@@ -22,11 +23,24 @@ from typing import NamedTuple
 from launch.devices import num_gpus
 from launch.env import rank_environment
 from launch.hostfile import Host, as_filter, as_hostfile, num_slots
-from launch.remote import OPTIONS, in_folder, ssh_words
+from launch.remote import OPTIONS, ask, in_folder, last_line, ssh_words
+from launch.secret_files import IN_ENVIRONMENT, IN_FILE
 from launch.words import wrap
 from pretrain.errors import RunError
+from pretrain.redaction import is_secret_variable
 
 KEEPER = "launch.keeper"
+BY_FILE = (
+    "pdsh",
+    "openmpi",
+)  # launchers that carry variables in command lines; Slurm's carries the environment
+# What DeepSpeed's runner exports by itself, whatever it is told (deepspeed/launcher/runner.py, EXPORT_ENVS).
+EXPORTED_BY_DEEPSPEED = ("MLFLOW", "PYTHON", "MV2", "UCX")
+# Takes variables from standard input, and becomes the Python that its words describe, which may need them (PYTHONPATH).
+TAKE_VARIABLES = (
+    "import json, os, sys; os.environ.update(json.loads(sys.stdin.readline())); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
 LAUNCHERS = {
     "pdsh": "pdsh",
     "ssh": "ssh",
@@ -54,6 +68,7 @@ class Start(NamedTuple):
     command: list[str]
     environment: dict[str, str]
     host: str | None = None
+    stdin: str = ""  # what it reads, to the end
 
 
 def free_port() -> int:
@@ -113,8 +128,14 @@ def _here(job: Job) -> Start:
 
 def _by_deepspeed(job: Job, launcher: str, scratch: Path) -> Start:
     hostfile, variables = scratch / "hostfile", scratch / "deepspeed_env"
-    exported = dict(job.variables)
-    environment = {**os.environ, **job.variables, "DS_ENV_FILE": str(variables)}
+    secrets = secrets_of(job)
+    exported = {name: value for name, value in job.variables.items() if name not in secrets}
+    kept = {name: value for name, value in os.environ.items() if name not in secrets and not _leaks(name)}
+    environment = {**kept, **exported, "DS_ENV_FILE": str(variables)}
+    if secrets and launcher in BY_FILE:
+        exported[IN_FILE] = ",".join(secrets)
+    elif secrets:
+        environment[IN_ENVIRONMENT] = json.dumps(secrets)
     options = " ".join(f"-o {name}={value}" for name, value in OPTIONS.items())
     environment["PDSH_SSH_ARGS_APPEND"] = f"{environment.get('PDSH_SSH_ARGS_APPEND', '')} {options}".strip()
     own: list[str] = []
@@ -142,10 +163,45 @@ def _by_deepspeed(job: Job, launcher: str, scratch: Path) -> Start:
 
 def _by_ssh(job: Job, number: int) -> Start:
     world = {host.name: list(host.slots) for host in job.hosts}
-    variables = (f"{name}={value}" for name, value in job.variables.items())
-    words = ["env", *variables, *_node_launcher(job, world, number, log_level="error")]
+    words, stdin = _node_launcher(job, world, number, log_level="error"), ""
+    if job.variables:
+        words, stdin = (
+            [words[0], "-S", "-c", TAKE_VARIABLES, *words[1:]],
+            json.dumps(dict(job.variables)) + "\n",
+        )
     host = job.hosts[number].name
-    return Start(ssh_words(host, in_folder(os.getcwd(), words)), dict(os.environ), host)
+    return Start(ssh_words(host, in_folder(os.getcwd(), words)), dict(os.environ), host, stdin)
+
+
+def secrets_of(job: Job) -> dict[str, str]:
+    return {name: value for name, value in job.variables.items() if is_secret_variable(name)}
+
+
+def deliver_secrets(job: Job, launcher: str, mark: str) -> None:
+    """Bring variables that hold secrets to all hosts, where the launcher would have them in a command line.
+
+    Raises:
+        RunError: a host did not take them, and why.
+    """
+    secrets = secrets_of(job)
+    if not secrets or launcher not in BY_FILE:
+        return
+    hosts = [host.name for host in job.hosts]
+    command = in_folder(os.getcwd(), [sys.executable, "-m", "launch.secret_files", mark, "put"])
+    answers = ask(hosts, command, stdin=json.dumps(secrets))
+    faults = [
+        answer.obstacle or f"{answer.host}: {last_line(answer.err)}"
+        for answer in answers.values()
+        if answer.code != 0
+    ]
+    if faults:
+        ask(hosts, in_folder(os.getcwd(), [sys.executable, "-m", "launch.processes", mark, "end"]))
+        told = "".join(f"\n  - {fault}" for fault in faults)
+        raise RunError(f"{', '.join(secrets)}: could not be brought to all hosts:{told}")
+
+
+def _leaks(name: str) -> bool:
+    return is_secret_variable(name) and name.startswith(EXPORTED_BY_DEEPSPEED)
 
 
 def _node_launcher(job: Job, world: Mapping[str, list[int]], number: int, *, log_level: str) -> list[str]:

@@ -19,6 +19,7 @@ QUIET = (
     "ignore:Transformer Engine and Apex are not installed,ignore::FutureWarning,ignore::DeprecationWarning"
 )
 
+LOOPBACK = "127.0.0.1"
 LAUNCH_ID = "MEGALOOM_LAUNCH"  # marks every process of one launch, on whatever host
 KEEPER_LOGS = "MEGALOOM_LOGS"  # folder of the ranks' logs
 KEEPER_SIZE = "MEGALOOM_TERMINAL"  # COLUMNSxLINES of the terminal that rank 0 speaks to
@@ -37,7 +38,7 @@ EXPORTED = (
         "HF_",
         "DS_ACCELERATOR",
     ),
-    *("PYTHON", "TOKENIZERS_", "MLFLOW", "WANDB_", "MEGALOOM_"),
+    *("PYTHON", "TOKENIZERS_", "MLFLOW", "WANDB_", "COMET_", "MEGALOOM_"),
 )
 # Of these the first that is there tells a rank's place: DeepSpeed's and torch's own, Open MPI's, Slurm's.
 PLACES = (
@@ -91,11 +92,16 @@ def keeper_environment(base: Mapping[str, str]) -> dict[str, str]:
     words = (place.rank, place.local_rank, place.world_size, place.local_size)
     for name, value in zip(PLACES[0], words, strict=True):
         environment[name] = str(value)
+    if not place.spans_hosts:  # nobody from elsewhere has business with them
+        environment["MASTER_ADDR"] = LOOPBACK
     master = environment.get("MASTER_ADDR")
-    if place.spans_hosts and master is not None:
-        interface = _interface_towards(master)
-        if interface is not None:  # gloo would take the address of the host's own name, often 127.0.0.1
-            environment.setdefault("GLOO_SOCKET_IFNAME", interface)
+    interface = _interface_towards(master) if master is not None else None
+    if (
+        interface is not None
+    ):  # gloo would take the address of the host's own name, NCCL any interface but loopback
+        environment.setdefault("GLOO_SOCKET_IFNAME", interface)
+        if not place.spans_hosts:
+            environment.setdefault("NCCL_SOCKET_IFNAME", interface)
     return environment
 
 

@@ -15,6 +15,10 @@ from pretrain.errors import RunError
 LINE = re.compile(r"^(?P<name>\S+)\s+slots=(?P<slots>\d+)(?P<spare>\s+spare)?$")
 
 
+# What ssh, pdsh, srun and a shell take for a name and for nothing else; an IPv6 address may be in brackets.
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*|\[[0-9A-Fa-f:.]+\]")
+
+
 class Host(NamedTuple):
     """A machine, and the devices of it that a run may use."""
 
@@ -66,6 +70,15 @@ def read_hostfile(path: str | Path) -> tuple[Host, ...]:
     return tuple(hosts.values())
 
 
+def name_fault(name: str) -> str | None:
+    """Why a text is no name or address of a host; None if it is one."""
+    if NAME.fullmatch(name):
+        return None
+    if "@" in name:
+        return f"{name!r}: a user is no part of a host's name; write `User` for this host into ~/.ssh/config"
+    return f"{name!r}: not a host's name; letters, digits, . - _ and : make one, and it does not begin with - . or :"
+
+
 def _parsed(line: str) -> Host | str:
     """The host of a line, or what is wrong with it."""
     match = LINE.match(line)
@@ -73,7 +86,10 @@ def _parsed(line: str) -> Host | str:
         slots = int(match["slots"])
         if slots == 0:
             return "slots=0: a host without slots runs nothing; give it 1 or more, or take the line out"
-        return Host(match["name"], tuple(range(slots)), match["spare"] is not None)
+        wrong = name_fault(match["name"])
+        if wrong is not None:
+            return wrong
+        return Host(match["name"].strip("[]"), tuple(range(slots)), match["spare"] is not None)
     words = line.split()
     if len(words) == 1:
         return f"slots= is missing; write `{words[0]} slots=N`, N being its devices"

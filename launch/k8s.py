@@ -18,13 +18,16 @@ from launch.env import KEEPER_LOGS, LAUNCH_ID
 from launch.run import not_negative, positive
 from launch.scheduled import Scheduled, add_common_words, deliver, scheduled, shell
 from pretrain.config_io import find_deepspeed_json
+from pretrain.ds_config import read_json
 from pretrain.errors import RunError
+from pretrain.redaction import secret_keys
 
 NAME = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")  # RFC 1035, as a Service's name must be
 LONGEST_NAME = 52  # a pod's host name is NAME-INDEX, of 63 letters at most
 QUANTITY = re.compile(r"\d+(Mi|Gi|Ti)")
 STOPPED = 75  # EX_TEMPFAIL: saved, and not done
 FILES = "/megaloom"  # where the ConfigMap's files are in a pod
+BLOCK_ENDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ufeff]")
 PORT = 29500  # each pod has its own address, so nobody else listens there
 
 
@@ -33,6 +36,7 @@ def main(argv: list[str]) -> None:
     check_words(words)
     job = scheduled(words)
     check_paths(job, words.folder)
+    check_secrets(job, words)
     deliver(manifest(job, words), words.out, f"kubectl apply -f {words.out}")
 
 
@@ -78,6 +82,18 @@ def check_paths(job: Scheduled, folder: str) -> None:
             f"warning: {', '.join(outside)}: not below --folder {folder}, the volume; use relative paths, name "
             "the folder under which they lie in the pods, or mount another volume there",
             file=sys.stderr,
+        )
+
+
+def check_secrets(job: Scheduled, words: argparse.Namespace) -> None:
+    """The manifest holds the user's DeepSpeed JSON, and is no place for a key."""
+    own = _own_json(job, words)
+    keys = secret_keys(read_json(own)) if own is not None else []
+    if keys:
+        section, _, key = keys[0].rpartition(".")
+        raise RunError(
+            f"{', '.join(keys)} in {own}: would be in the manifest for all to read; leave it out, and give the pods "
+            f"{section.upper()}_{key.upper()} from a Secret (env, valueFrom.secretKeyRef)"
         )
 
 
@@ -228,7 +244,18 @@ def _files(job: Scheduled, words: argparse.Namespace, name: str) -> str:
     own = _own_json(job, words)
     if own is not None:
         files["deepspeed.json"] = own.read_text("utf-8")
-    return "\n".join(f"{file}: |\n{_indented(text.rstrip(), 2)}" for file, text in files.items())
+    return "\n".join(_block(file, text) for file, text in files.items())
+
+
+def _block(file: str, text: str) -> str:
+    """A file as a literal block, which ends at line breaks that a text file may have inside of a line."""
+    odd = BLOCK_ENDS.search(text)
+    if odd is not None:
+        raise RunError(
+            f"{file}: has the character U+{ord(odd[0]):04X}, which a manifest cannot carry; take it out"
+        )
+    indent = "2" if text[:1].isspace() else ""
+    return f"{file}: |{indent}\n{_indented(text.rstrip(), 2)}"
 
 
 def _own_json(job: Scheduled, words: argparse.Namespace) -> Path | None:
@@ -248,4 +275,4 @@ def _word(text: str) -> str:
 
 
 def _indented(text: str, width: int) -> str:
-    return "\n".join(f"{' ' * width}{line}" if line else "" for line in text.splitlines())
+    return "\n".join(f"{' ' * width}{line}" if line else "" for line in text.split("\n"))

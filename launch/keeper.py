@@ -28,7 +28,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from launch.env import KEEPER_LOGS, KEEPER_SIZE, keeper_environment, place_of
+from launch import secret_files
+from launch.env import KEEPER_LOGS, KEEPER_SIZE, LAUNCH_ID, keeper_environment, place_of
 from launch.reports import (
     Beat,
     Ended,
@@ -43,6 +44,7 @@ from launch.reports import (
 )
 from launch.words import unwrap
 from pretrain.monitor import heartbeat
+from pretrain.redaction import redacted_args
 
 LOOK_EVERY_S = 0.1
 LAST_WORDS_S = 1.0  # what a dead program's children may still hold of its output
@@ -50,6 +52,7 @@ CHUNK_BYTES = 1 << 16
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")  # what moves a terminal's cursor
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LAUNCHER_IS_GONE = 75  # EX_TEMPFAIL
+CANNOT_START = 71  # EX_OSERR
 PLAIN = "--plain"
 
 
@@ -88,6 +91,7 @@ class Keeper:
         self._is_plain = is_plain
         environment = keeper_environment(os.environ)
         self._place = place_of(environment)
+        secret_files.take_into(environment, environment.get(LAUNCH_ID), self._place.local_size)
         self._host = socket.gethostname()
         self._asked = 0
         self._log = _open_log(environment.get(KEEPER_LOGS), self._place.rank)
@@ -95,7 +99,9 @@ class Keeper:
         number = self._beats.fileno()
         environment[heartbeat.VARIABLE] = str(number)
         command = [sys.executable, "-u", "-m", module, *arguments]
-        self._tell_log(f"{datetime.now():%Y-%m-%d %H:%M:%S} {self._host}: {' '.join(command)}\n")
+        self._tell_log(
+            f"{datetime.now():%Y-%m-%d %H:%M:%S} {self._host}: {' '.join(redacted_args(command))}\n"
+        )
         out = self._terminal(environment) if self._place.rank == 0 else None
         self._process = subprocess.Popen(
             command,
@@ -277,7 +283,12 @@ def main(argv: list[str] | None = None) -> int:
     own = [word for word in words[:1] if word.startswith("--local_rank")]
     is_plain = words[len(own)] == PLAIN
     module, *arguments = (unwrap(word) for word in words[len(own) + is_plain :])
-    return Keeper(module, [*own, *arguments], is_plain=is_plain).wait()
+    try:
+        keeper = Keeper(module, [*own, *arguments], is_plain=is_plain)
+    except OSError as fault:
+        print(f"{socket.gethostname()}: the rank cannot start: {fault}", file=sys.stderr, flush=True)
+        return CANNOT_START
+    return keeper.wait()
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from launch.devices import num_gpus
 from launch.env import rank_environment
+from launch.leftovers import scratch_folder
 from launch.report import Started, alone
 from launch.run import checked, positive
 from launch.supervise import Options, Supervisor
@@ -32,8 +32,8 @@ def main(argv: list[str]) -> None:
     reference = [*words.words, *one_process(run)]
     reference_json = "zero0.json" if run.config.precision.dtype == "fp32" else "zero1.json"
     checked(words.run, reference, num_ranks=1, deepspeed_config=reference_json, goes_on=False)
-    with tempfile.TemporaryDirectory(prefix="megaloom-parity-") as folder:
-        one, many = Path(folder) / "one.safetensors", Path(folder) / "many.safetensors"
+    with scratch_folder("parity") as folder:
+        one, many = folder / "one.safetensors", folder / "many.safetensors"
         own_json = ["--deepspeed_config", words.deepspeed_config] if words.deepspeed_config else []
         print(f"{words.steps} steps in one process", flush=True)
         _record(words, one, [*reference, "--deepspeed_config", reference_json], num_ranks=1)

@@ -11,6 +11,7 @@ from collections.abc import Collection
 
 import psutil
 
+from launch import secret_files
 from launch.env import LAUNCH_ID
 
 KEEPER = "launch.keeper"
@@ -32,6 +33,11 @@ def marked(mark: str) -> list[psutil.Process]:
         except (psutil.Error, OSError):
             continue
     return found
+
+
+def has_keepers(mark: str) -> bool:
+    """Whether ranks of the launch are at work here."""
+    return any(_module(process) == KEEPER for process in marked(mark))
 
 
 def stop(mark: str, *, but: Collection[int] = ()) -> set[int]:
@@ -82,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     if what == "stop":
         print(len(stop(mark)))
         return 0
+    secret_files.remove(mark)
     return 1 if end(mark) else 0
 
 

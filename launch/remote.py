@@ -86,7 +86,7 @@ def last_line(words: str) -> str:
 def ssh_words(host: str, command: str) -> list[str]:
     """The ssh command line that runs ``command`` in the host's shell."""
     options = [word for name, value in OPTIONS.items() for word in ("-o", f"{name}={value}")]
-    return ["ssh", *options, host, command]
+    return ["ssh", *options, "--", host, command]  # what follows is no option, whatever it begins with
 
 
 def in_folder(folder: str, words: Sequence[str]) -> str:

@@ -12,9 +12,10 @@ from data_tools.training_data import check_data
 from launch import report
 from launch.backends import LAUNCHERS, Job, best_launcher, command_shown, launcher_fault
 from launch.devices import device_type, num_gpus
-from launch.hostfile import Host, chosen, num_slots, read_hostfile
+from launch.hostfile import Host, chosen, name_fault, num_slots, read_hostfile
 from launch.supervise import Options, Supervisor, newest_checkpoint
 from model_providers.fp8.config import BACKENDS, RECIPES
+from pretrain import run_lock
 from pretrain.checkpoint.fit import check_before_start
 from pretrain.checkpoint.store import write_whole
 from pretrain.config_io import Run, find_deepspeed_json, load_run
@@ -24,7 +25,7 @@ from pretrain.errors import RunError
 
 
 def main(argv: list[str]) -> None:
-    """Exit code 0 when all steps are done or a signal was obeyed."""
+    """Exit code 0 when all steps are done, or the state was saved at a signal; 130 when there was none to save."""
     words = parser().parse_intermixed_args(argv)
     words.words += fp8_words(words)
     hosts = hosts_of(words)
@@ -33,6 +34,8 @@ def main(argv: list[str]) -> None:
     run = checked(
         words.run, words.words, num_ranks=num_ranks, deepspeed_config=words.deepspeed_config, hosts=wanted
     )
+    if not words.dry_run:
+        run_lock.check_free(run.folder)
     options = options_of(words, run, hosts, num_ranks)
     arguments = [words.run, *words.words]
     if words.deepspeed_config:
@@ -141,7 +144,9 @@ def add_host_words(own: argparse.ArgumentParser) -> None:
     many.add_argument("--include", default="", metavar="SPEC", help="of the hostfile, such as a@b:0,2")
     many.add_argument("--exclude", default="", metavar="SPEC", help="of the hostfile, such as b:1")
     many.add_argument("--launcher", default="auto", metavar="NAME", help="auto, pdsh, ssh, openmpi or slurm")
-    many.add_argument("--master_addr", metavar="ADDRESS", help="of the first host, as the others see it")
+    many.add_argument(
+        "--master_addr", type=address, metavar="ADDRESS", help="of the first host, as the others see it"
+    )
     many.add_argument("--master_port", type=port, metavar="PORT", help="a free one, if not given")
     many.add_argument(
         "--export",
@@ -149,7 +154,8 @@ def add_host_words(own: argparse.ArgumentParser) -> None:
         type=variable,
         default=[],
         metavar="NAME[=VALUE]",
-        help="a variable for all ranks, beside NCCL_*, GLOO_*, UCX_*, OMP_*, TORCH*, PYTHON* and the like",
+        help="a variable for all ranks, beside NCCL_*, GLOO_*, UCX_*, OMP_*, TORCH*, PYTHON* and the like; give a "
+        "secret by its NAME alone, since `ps` shows VALUE",
     )
 
 
@@ -207,6 +213,13 @@ def port(text: str) -> int:
     if not 1 <= number <= 65535:
         raise argparse.ArgumentTypeError(f"{number}: a port is 1 to 65535")
     return number
+
+
+def address(text: str) -> str:
+    wrong = name_fault(text)
+    if wrong is not None:
+        raise argparse.ArgumentTypeError(wrong)
+    return text.strip("[]")
 
 
 def variable(text: str) -> str:

@@ -5,6 +5,8 @@ the keeper of each rank, as with the other launchers.
 """
 
 import argparse
+import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ from pretrain.config_io import Run
 from pretrain.errors import RunError
 
 KEEPER = "launch.keeper"
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ def scheduled(words: argparse.Namespace) -> Scheduled:
         deepspeed_config=words.deepspeed_config,
         hosts=nodes,
     )
+    check_lines(words, folder=os.getcwd(), out=run.config.out, python=sys.executable)
     if words.cpu and run.config.kernels == "te":
         raise RunError(
             "kernels=te with --cpu: Transformer Engine needs CUDA; leave --cpu out, or kernels=auto"
@@ -110,6 +114,22 @@ def scheduled(words: argparse.Namespace) -> Scheduled:
     chosen = ["--deepspeed_config", words.deepspeed_config] if words.deepspeed_config else []
     overrides = (*words.words, *chosen)
     return Scheduled(run, words.run, overrides, words.nodes, words.ranks_per_node, not words.cpu)
+
+
+def check_lines(words: argparse.Namespace, **more: str) -> None:
+    """Refuse words and paths that would be more than one line of what is written.
+
+    ``more``: texts that are not on the command line, by the name that a message gives them.
+    """
+    given = {f"--{key}": value for key, value in vars(words).items()}
+    given |= {"run file": given.pop("--run"), "override": given.pop("--words"), **more}
+    for name, value in given.items():
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(text, str) and CONTROL.search(text):
+                raise RunError(
+                    f"{name}={text!r}: has a line break or another control character, which would be a line of its "
+                    "own in the file for the scheduler; take it out"
+                )
 
 
 def shell(words: Sequence[str]) -> str:

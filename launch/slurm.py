@@ -12,6 +12,7 @@ import sys
 from launch.env import KEEPER_LOGS
 from launch.run import port
 from launch.scheduled import Scheduled, add_common_words, deliver, scheduled, shell
+from launch.words import HARMLESS
 from pretrain.errors import RunError
 
 # sbatch(1), --time: "minutes", "minutes:seconds", "hours:minutes:seconds", "days-hours[:minutes[:seconds]]".
@@ -177,4 +178,5 @@ def _python(words: argparse.Namespace) -> str:
 
 
 def _quoted(text: str) -> str:
-    return f'"{text}"' if " " in text else text
+    """As sbatch reads a line of options: double quotes, with a backslash that escapes (sbatch/opt.c, get_argument)."""
+    return text if HARMLESS.fullmatch(text) else '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'

@@ -6,7 +6,6 @@ takes its place.  The number of ranks stays what it was, since a layout and its 
 
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,13 +14,15 @@ from pathlib import Path
 
 from launch import report
 from launch.attempt import Attempt, Outcome, new_mark
-from launch.backends import Job, free_port, rank_hosts, starts
+from launch.backends import Job, deliver_secrets, free_port, rank_hosts, starts
 from launch.env import KEEPER_LOGS, KEEPER_SIZE, LAUNCH_ID, exported
 from launch.hostfile import Host, num_slots
+from launch.leftovers import remove_leftovers, scratch_folder
 from launch.preflight import Preflight, Questions, preflight
 from launch.watch import Watch
 from pretrain.checkpoint import store
 from pretrain.errors import RunError
+from pretrain.run_lock import JOB_ID
 
 LONGEST_PAUSE_S = 300.0
 
@@ -52,9 +53,11 @@ class Supervisor:
     options: Options
     logs: Path | None = None  # folder of the ranks' logs
     history: list[report.Started] = field(default_factory=list)
+    job: str = field(default_factory=new_mark)  # all starts of this run
 
     def run(self, on_failure: Callable[[Sequence[report.Started]], None], resume: Sequence[str] = ()) -> int:
         """Start until it is done, asked to stop, or out of restarts; ``resume``: words for all starts but the first."""
+        remove_leftovers()
         while True:
             more = resume if self.history else ()
             try:
@@ -73,6 +76,8 @@ class Supervisor:
             if failure is None:
                 return outcome.code
             if failure.is_the_users:
+                if not failure.was_shown:
+                    on_failure(self.history)
                 return failure.code
             if len(self.history) > self.options.restarts or outcome.was_asked:
                 on_failure(self.history)
@@ -100,8 +105,10 @@ class Supervisor:
             stall_factor=self.options.stall_factor,
             stall_floor_s=self.options.stall_floor_s,
         )
-        with tempfile.TemporaryDirectory(prefix="megaloom-launch-") as scratch:
-            begun = starts(job, self.options.launcher, Path(scratch))
+        with scratch_folder("launch") as scratch:
+            begun = starts(job, self.options.launcher, scratch)
+            if hosts:
+                deliver_secrets(job, self.options.launcher, mark)
             outcome = Attempt(begun, watch, mark=mark, hosts=hosts).wait()
         self.history.append(report.Started(at, tuple(host.name for host in hosts), outcome))
         return outcome
@@ -114,7 +121,7 @@ class Supervisor:
         variables |= {
             name: value for name, value in named.items() if f"{name}={value}" in self.options.exports
         }
-        variables[LAUNCH_ID] = mark
+        variables |= {LAUNCH_ID: mark, JOB_ID: self.job}
         if self.logs is not None:
             variables[KEEPER_LOGS] = str(self.logs.absolute())
         if sys.stdout.isatty():

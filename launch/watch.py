@@ -5,6 +5,7 @@ fails, all others fail after it, and theirs would bury the one that matters.
 """
 
 import re
+import signal
 import statistics
 import sys
 import time
@@ -16,6 +17,7 @@ from launch.reports import Beat, Ended, Said, decode, quiet_s, told_end
 from pretrain.monitor.heartbeat import COMPILES, EVALUATES, SAVES, VERIFIES
 
 HELD_LINES = 400
+COMPARED_LINES = 1000  # of all ranks' errors
 TRACEBACK = "Traceback (most recent call last)"
 USAGE_EXIT_CODE = 2
 SAME_TIME_S = 2.0  # failures that become known within it count as one event
@@ -47,6 +49,7 @@ class Failure(NamedTuple):
     code: int
     words: tuple[str, ...] = ()  # the rank's last lines, its traceback if it had one
     step: int = 0  # steps that were done
+    was_shown: bool = False  # the rank's own words are on the console
 
     @property
     def is_the_users(self) -> bool:
@@ -63,6 +66,7 @@ class RankState:
     held: deque[str] = field(default_factory=lambda: deque(maxlen=HELD_LINES))
     said: deque[str] = field(default_factory=lambda: deque(maxlen=20))
     is_failing: bool = False
+    was_shown: bool = False
 
 
 class Watch:
@@ -80,6 +84,7 @@ class Watch:
     ):
         self.ranks = [RankState(host=hosts.get(rank)) for rank in range(num_ranks)]
         self._failures: list[tuple[float, Failure]] = []
+        self._said_by: dict[str, int] = {}  # a line of an error -> the first rank that said it
         self._quiet_s = quiet_s(num_ranks)
         self._stall_factor, self._stall_floor_s = stall_factor, stall_floor_s
         self._out, self._err = out or sys.stdout, err or sys.stderr
@@ -109,7 +114,9 @@ class Watch:
         self._fail(Failure(f"{host} is lost, with {_listed(ranks)} ({why})", host, None, 1, step=self.step))
 
     def launcher_failed(self, code: int, words: str) -> None:
-        """The launcher ended badly before any rank told why."""
+        """The launcher ended badly before any rank told why; no matter if all ranks are done."""
+        if self.all_succeeded:
+            return
         self._fail(Failure(f"the launcher ended with code {code}{words}", None, None, code, step=self.step))
 
     def launchers_ended(self, how: str = "") -> None:
@@ -122,16 +129,26 @@ class Watch:
             self._fail(Failure(what, where, None, 1, step=self.step))
 
     def _say(self, said: Said) -> None:
-        rank = self.ranks[said.rank]
-        stream = self._out if said.stream == "out" else self._err
-        if said.stream == "err":
-            rank.is_failing = rank.is_failing or TRACEBACK in said.text
-            rank.said.append(said.text)
-        if said.stream == "err" and (rank.is_failing or SECOND_HAND.search(said.text)):
-            rank.held.append(said.text)
+        if said.stream == "out":
+            self._out.write(said.text)
+            self._out.flush()
             return
-        stream.write(said.text)
-        stream.flush()
+        rank = self.ranks[said.rank]
+        rank.is_failing = rank.is_failing or TRACEBACK in said.text
+        rank.said.append(said.text)
+        if rank.is_failing or SECOND_HAND.search(said.text):
+            rank.held.append(said.text)
+        else:
+            self._show_error(said.rank, said.text)
+
+    def _show_error(self, rank: int, text: str) -> None:
+        """Unless another rank has said the same: what all ranks refuse is shown once."""
+        self.ranks[rank].was_shown = True
+        if len(self._said_by) > COMPARED_LINES:
+            self._said_by.pop(next(iter(self._said_by)))
+        if not text.strip() or self._said_by.setdefault(text, rank) == rank:
+            self._err.write(text)
+            self._err.flush()
 
     def _note(self, beat: Beat) -> None:
         rank, now_s = self.ranks[beat.rank], time.monotonic()
@@ -151,10 +168,14 @@ class Watch:
             self._err.write("".join(rank.held))
         if ended.code == 0 or self.is_stopping:
             return
+        for text in (
+            rank.held if ended.code == USAGE_EXIT_CODE else ()
+        ):  # a refusal may speak of connections too
+            self._show_error(ended.rank, text)
         host = rank.host or ended.host
         words = tuple(rank.held or rank.said)
         what = told_end(ended._replace(host=host))
-        self._fail(Failure(what, host, ended.rank, ended.code, words, self.step))
+        self._fail(Failure(what, host, ended.rank, ended.code, words, self.step, rank.was_shown))
 
     def _foreign(self, line: str, *, is_error: bool) -> None:
         """The launcher's own words, or ssh's."""
@@ -189,12 +210,12 @@ class Watch:
 
     @property
     def failure(self) -> Failure | None:
-        """The first, but for ranks that only tell that another is gone."""
-        if not self._failures:
+        """The first, but for ranks that only tell that another is gone, or that end without a word because of it."""
+        if not self._failures or self.all_succeeded:
             return None
         first_s = self._failures[0][0]
         together = [failure for at_s, failure in self._failures if at_s - first_s < SAME_TIME_S]
-        return min(together, key=_is_second_hand)
+        return min(together, key=lambda failure: (_is_second_hand(failure), _is_silent(failure)))
 
     @property
     def step(self) -> int:
@@ -287,7 +308,13 @@ def _most(words: list[str]) -> str:
 
 
 def _is_second_hand(failure: Failure) -> bool:
-    return any(SECOND_HAND.search(line) for line in failure.words)
+    return not failure.is_the_users and any(SECOND_HAND.search(line) for line in failure.words)
+
+
+def _is_silent(failure: Failure) -> bool:
+    """A rank that refuses what another tells, or that DeepSpeed's launcher ended because another had ended."""
+    is_ended = failure.rank is not None and failure.code == 128 + signal.SIGTERM
+    return is_ended or (failure.is_the_users and not failure.words)
 
 
 def _listed(ranks: list[int]) -> str:

@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 
+from pretrain.engine.rendezvous import init_process_group
+
 MIB = 1 << 20
 SIZES_BYTES = {"cpu": (MIB, 16 * MIB), "cuda": (MIB, 16 * MIB, 256 * MIB)}
 MESSAGE_BYTES = {"cpu": 4 * MIB, "cuda": 64 * MIB}
@@ -150,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    init_process_group("nccl" if device.type == "cuda" else "gloo")
     names = words.names.split(",") if words.names else ["here"] * world_size
     for record in measure(Meter(device), names):
         if dist.get_rank() == 0:

@@ -17,6 +17,7 @@ from pretrain.engine.schedules.catalogue import SCHEDULES, SPLIT_BACKWARD, sched
 from pretrain.errors import RunError
 from pretrain.expert_rules import EXPERT_RULES
 from pretrain.fp8_rules import FP8_RULES
+from pretrain.monitor.trackers import tracker_faults
 from pretrain.nested import get
 from pretrain.objective_rules import OBJECTIVE_RULES
 from pretrain.offload_rules import OFFLOAD_RULES, nvme_needs_a_folder
@@ -93,6 +94,7 @@ def device_faults(run: "Run", device_type: str) -> list[str]:
         )
     if run.config.optimizer.type.lower() == "lamb" and device_type == "cpu":
         found.append("optimizer.type=Lamb: DeepSpeed has it for GPUs only; use AdamW or Lion here")
+    found += tracker_faults(run.deepspeed)
     missing = missing_package(run)
     if missing is not None:
         found.append(missing)

@@ -133,6 +133,14 @@ def complete(document: dict[str, Any], facts: "Facts") -> dict[str, Any]:
         "output_path": _filled(full, "tensorboard.output_path", facts.folder),
         "job_name": _filled(full, "tensorboard.job_name", "tensorboard"),
     }
+    if full.get(
+        "csv_monitor"
+    ):  # DeepSpeed would write below the working folder, every run into the same files
+        full["csv_monitor"] = {
+            **full["csv_monitor"],
+            "output_path": _filled(full, "csv_monitor.output_path", facts.folder),
+            "job_name": _filled(full, "csv_monitor.job_name", "csv"),
+        }
     _fill_zero(full, facts)
     if full["zero_optimization"]["stage"] and full["optimizer"]["type"].lower() in TRIED_HERE:
         full.setdefault("zero_allow_untested_optimizer", True)

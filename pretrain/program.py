@@ -9,16 +9,18 @@ import importlib
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from data_tools.errors import DataError, OneRankError
+from data_tools.errors import DataError
 from model_providers.errors import ModelError
 from pretrain.config_io import Run, load_run
 from pretrain.disks import no_space
 from pretrain.errors import RunError
 
 USAGE_EXIT_CODE = 2
+FIRST_RANK_S = 1.0  # what other ranks leave it to tell a mistake that all have met
 
 
 def rank_parser(name: str, description: str | None) -> argparse.ArgumentParser:
@@ -76,12 +78,17 @@ def end_process(code: int) -> NoReturn:
 
 
 def exit_code(name: str, work: Callable[[], object]) -> int:
-    """0 when ``work`` is done; 2 on a user's mistake, with one line: the first rank's, or that of whom alone it met."""
+    """0 when ``work`` is done; 2 on a user's mistake, with one line from every rank that met it.
+
+    The launcher shows a line once that many ranks say, and ends all ranks when one has ended: so the first rank, whose
+    output every launcher shows, goes first.
+    """
     try:
         work()
     except (RunError, ModelError, DataError) as mistake:
-        if os.environ.get("RANK", "0") == "0" or isinstance(mistake, OneRankError):
-            print(f"{name}: {mistake}", file=sys.stderr)
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(FIRST_RANK_S)
+        print(f"{name}: {mistake}", file=sys.stderr, flush=True)
         return USAGE_EXIT_CODE
     except Exception as fault:
         full = no_space(fault)

@@ -24,8 +24,9 @@ from model_providers.layer_plan import (
     Wire,
 )
 from model_providers.losses import WeightedLoss
+from pretrain import run_lock
 from pretrain.batches import Feed, open_run_data
-from pretrain.checkpoint import save_load
+from pretrain.checkpoint import save_load, store
 from pretrain.checkpoint.fit import check_same_order, told_at_resume
 from pretrain.checkpoint.source import check_source
 from pretrain.checkpoint.state import RunState, state_of
@@ -53,7 +54,10 @@ from pretrain.monitor.eight_bits_watch import EightBitsWatch
 from pretrain.monitor.experts import ExpertWatch
 from pretrain.monitor.heartbeat import Heartbeat
 from pretrain.monitor.sinks import ConsoleSink, DeepSpeedMonitors, ExpertLoadLines, JsonLines, Sink
+from pretrain.monitor.trackers import engine_document, open_trackers
+from pretrain.redaction import redacted
 from pretrain.run_file import to_yaml
+from pretrain.run_lock import RunLock
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +69,31 @@ def train(run: Run) -> Outcome:
     heartbeat = Heartbeat.of(os.environ)
     heartbeat.doing("joins the other ranks")
     groups = join(run.layout)
+    lock = lock_folder(run, groups)
+    try:
+        return train_alone(run, groups, heartbeat)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def lock_folder(run: Run, groups: Groups) -> RunLock | None:
+    """The run's folder, for this run alone; rank 0 holds its lock, and left-overs of a killed start are removed."""
+    lock, refusal = None, None
+    if groups.is_first:
+        try:
+            lock = run_lock.take(run.folder, os.environ.get(run_lock.JOB_ID))
+            store.remove_temporary(run.folder, save_load.checkpoint_root(run))
+        except RunError as told:
+            refusal = str(told)
+    refusal = groups.first_told(refusal)
+    if refusal is not None:
+        raise RunError(refusal)
+    return lock
+
+
+def train_alone(run: Run, groups: Groups, heartbeat: Heartbeat) -> Outcome:
+    """With the run's folder to itself."""
     heartbeat.doing("opens data, builds the model, loads a checkpoint")
     console = logs.start(groups.rank, run.folder if groups.is_first else None)
     check_place(run, groups)
@@ -225,7 +254,7 @@ def make_engine(
 
     ``begins``: no checkpoint of the run is loaded later; ``data``: must be in the vocabulary of those weights.
     """
-    document = preflight.prepare_native_parts(dict(run.deepspeed), groups)
+    document = preflight.prepare_native_parts(engine_document(run.deepspeed), groups)
     arguments: dict[str, Any] = {"json": document, "optimizer": run.config.optimizer}
     source = save_load.find_source(run, groups) if begins else None
     if source is not None:
@@ -310,12 +339,14 @@ def open_run_log(
     """The run folder's files, the banner and the sinks; rank 0 only."""
     data.tokenizer.save(run.folder / TOKENIZER)
     write_whole(run.folder / "run.yaml", to_yaml(run.config))
-    write_whole(run.folder / "deepspeed.json", json.dumps(run.deepspeed, indent=2) + "\n")
+    document = json.dumps(redacted(run.deepspeed), indent=2)
+    write_whole(run.folder / "deepspeed.json", document + "\n")
     banner.show(console, run, engine, plan, resumed=checkpoint, barred=barred)
-    texts = {"run": to_yaml(run.config), "deepspeed": json.dumps(run.deepspeed, indent=2)}
+    trackers = open_trackers(run.deepspeed, resumed_step=state.step)
+    texts = {"run": to_yaml(run.config), "deepspeed": document}
     return [
         JsonLines(run.folder / "metrics.jsonl", resumed_step=state.step),
         ExpertLoadLines(run.folder / "expert_loads.jsonl", resumed_step=state.step),
-        DeepSpeedMonitors(engine.deepspeed.monitor, resumed_step=state.step, texts=texts),
+        DeepSpeedMonitors(trackers, resumed_step=state.step, texts=texts),
         ConsoleSink(console, num_steps=run.config.train.steps, first_step=state.step),
     ]

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from pretrain.config import SCHEDULE_KINDS, RunConfig
 from pretrain.errors import RunError
+from pretrain.redaction import redacted
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -59,8 +60,8 @@ def _told(fault: Exception) -> str:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The whole configuration, defaults included, as YAML that `load_run` reads back."""
-    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False, width=110)
+    """The whole configuration, defaults included and secrets left out, as YAML that `load_run` reads back."""
+    return yaml.safe_dump(redacted(json.loads(config.model_dump_json())), sort_keys=False, width=110)
 
 
 def plain(error: ValidationError) -> Iterable[str]:

@@ -1,4 +1,7 @@
-"""`megaloom config RUN.yaml key=value ...`: every value of a run, where it comes from, and DeepSpeed's JSON."""
+"""`megaloom config RUN.yaml key=value ...`: every value of a run, where it comes from, and DeepSpeed's JSON.
+
+Secrets are shown as ***.
+"""
 
 import argparse
 import json
@@ -11,6 +14,7 @@ from pretrain.config_io import Run, find_deepspeed_json, load_run
 from pretrain.ds_config import PAIRS, read_json
 from pretrain.ds_offload import AUTO
 from pretrain.nested import get, leaves
+from pretrain.redaction import redacted
 
 ALSO_NAMED = {
     "bf16.enabled": "precision.dtype",
@@ -31,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     words = parser.parse_intermixed_args(argv)
     run = load_run(words.run, words.words, world_size=words.ranks, deepspeed_config=words.deepspeed_config)
     if words.json:
-        print(json.dumps(run.deepspeed, indent=2))
+        print(json.dumps(redacted(run.deepspeed), indent=2))
         return
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
     console.print(value_table(run))
@@ -41,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
 def value_table(run: Run) -> Table:
     """One row per value: key, value, origin."""
     table = Table("key", "value", "from", title=f"{run.config.name}, world size {run.layout.world_size}")
-    for key, value in leaves(json.loads(run.config.model_dump_json())):
+    for key, value in leaves(redacted(json.loads(run.config.model_dump_json()))):
         table.add_row(key, json.dumps(value), origin(run, key))
     return table
 
@@ -52,7 +56,7 @@ def json_table(run: Run) -> Table:
     stated = read_json(path)
     named_in_run = {pair.json_key: pair.run_key for pair in PAIRS} | ALSO_NAMED
     table = Table("key", "value", "from", title=f"DeepSpeed JSON, as it is after {path.name} is filled")
-    for key, value in leaves(dict(run.deepspeed)):
+    for key, value in leaves(redacted(run.deepspeed)):
         if get(stated, key) not in (None, AUTO):
             source = path.name
         elif key in named_in_run:

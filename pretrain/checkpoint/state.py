@@ -16,6 +16,7 @@ from pretrain.checkpoint.manifest import Damage, verified_text
 from pretrain.checkpoint.store import STATE
 from pretrain.config_io import Run
 from pretrain.errors import RunError
+from pretrain.redaction import redacted
 
 FORMAT = 2
 SAMPLES_COMPARED = 8  # of those that come next, when a run resumes
@@ -129,4 +130,5 @@ def model_facts(model: ModelConfig) -> dict[str, Any]:
 def json_facts_of(run: Run) -> dict[str, Any]:
     """The JSON that DeepSpeed gets, without its monitors."""
     kept = {key: value for key, value in run.deepspeed.items() if key not in MONITORS}
-    return json.loads(json.dumps(kept))
+    facts: dict[str, Any] = json.loads(json.dumps(redacted(kept)))
+    return facts

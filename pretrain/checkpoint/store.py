@@ -5,6 +5,7 @@ disk and only then renamed to `step-000100`; `latest` is rewritten last, by rena
 same road backwards.  So whatever moment a machine dies at, what carries a proper name is complete.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -32,7 +33,7 @@ def step_of(folder: Path) -> int:
 def partial_folder(root: Path, step: int) -> Path:
     """Where a checkpoint is written before it is complete; left-overs of an earlier try are removed."""
     folder = root / (folder_name(step) + PARTIAL)
-    shutil.rmtree(folder, ignore_errors=True)
+    _delete(folder)
     folder.mkdir(parents=True)
     return folder
 
@@ -41,7 +42,7 @@ def complete(folder: Path, records: list[FileRecord]) -> Path:
     """Write the manifest, give the folder its proper name and point `latest` at it."""
     write_whole(folder / MANIFEST, manifest.to_text(records))
     final = folder.with_name(folder.name.removesuffix(PARTIAL))
-    if final.exists():
+    if final.exists() or final.is_symlink():
         remove(final)
     folder.rename(final)
     write_whole(final.parent / LATEST, final.name + "\n")
@@ -51,11 +52,15 @@ def complete(folder: Path, records: list[FileRecord]) -> Path:
 def write_whole(path: Path, text: str) -> None:
     """Replace a small file so that a reader sees the old text or the new one, never half."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError:  # a full disk
+        beside.unlink(missing_ok=True)
+        raise
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -63,18 +68,34 @@ def write_whole(path: Path, text: str) -> None:
         os.close(descriptor)
 
 
+def remove_temporary(*folders: Path) -> None:
+    """What a process that was killed in `write_whole` has left; nobody else may write there now."""
+    for folder in folders:
+        for path in folder.glob("*.tmp"):
+            if re.fullmatch(r".+\.\d+\.tmp", path.name):
+                path.unlink(missing_ok=True)
+
+
 def remove(folder: Path) -> None:
-    """Delete a checkpoint; it loses its proper name first."""
+    """Delete a checkpoint; it loses its proper name first.  Of a link the link alone goes."""
     doomed = folder.with_name(folder.name + ".deleted" + PARTIAL)
-    shutil.rmtree(doomed, ignore_errors=True)
+    _delete(doomed)
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    _delete(doomed)
+
+
+def _delete(path: Path) -> None:
+    """Whatever is there, if anything is; what links lead to stays (shutil.rmtree follows none below a folder)."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def set_aside(folder: Path) -> None:
     """Take a damaged checkpoint's proper name from it, but nothing else: someone may want to look at it."""
     aside = folder.with_name(folder.name + DAMAGED)
-    shutil.rmtree(aside, ignore_errors=True)
+    _delete(aside)
     folder.rename(aside)
 
 
@@ -83,7 +104,8 @@ def prune(root: Path, keep_last: int) -> None:
     for folder in checkpoints(root)[keep_last:]:
         remove(folder)
     for leftover in root.glob(f"*{PARTIAL}"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it is tried again with the next checkpoint
+            _delete(leftover)
 
 
 def checkpoints(root: Path) -> list[Path]:

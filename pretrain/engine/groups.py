@@ -24,6 +24,7 @@ from model_providers.dispatch import Nodes
 from model_providers.layout import Coordinates, ExpertCoordinates, Layout
 from model_providers.random_streams import begin_micro_batch
 from pretrain.engine.quiet import without_stdout
+from pretrain.engine.rendezvous import init_process_group
 
 DEFAULT_TIMEOUT_S = 1800.0
 SHARED_MEMORY_COLLECTIVES = "deepspeed_shm_comm"
@@ -130,12 +131,10 @@ def join(layout: Layout, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Groups:
         leave_shared_memory_out()
     if not dist.is_initialized():
         accelerator.set_device(_local_rank())
+    backend, timeout = accelerator.communication_backend_name(), datetime.timedelta(seconds=timeout_s)
     with without_stdout():
-        deepspeed.init_distributed(
-            dist_backend=accelerator.communication_backend_name(),
-            timeout=datetime.timedelta(seconds=timeout_s),
-            verbose=False,
-        )
+        init_process_group(backend, timeout=timeout)  # before DeepSpeed, which would make a store of its own
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
     assert dist.get_world_size() == layout.world_size, f"{dist.get_world_size()} ranks for {layout}"
     mcore_on_cpu.install(device_of_this_rank().type)
     if parallel_state.is_initialized():

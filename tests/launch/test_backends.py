@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch import backends
+from launch import backends, run
 from launch.backends import Job, launcher_fault, rank_hosts, starts
 from launch.hostfile import Host
-from launch.remote import Answer, ssh_obstacle
+from launch.remote import Answer, ssh_obstacle, ssh_words
 from launch.words import unwrap, wrap
 from pretrain.errors import RunError
 
@@ -37,7 +37,8 @@ def test_plain_ssh_starts_deepspeeds_own_launcher_on_every_host(tmp_path: Path) 
     assert [start.host for start in begun] == ["a", "b"]
     assert [start.command[0] for start in begun] == ["ssh", "ssh"]
     line = begun[1].command[-1]
-    assert "deepspeed.launcher.launch" in line and "--node_rank=1" in line and " A=x " in line
+    assert json.loads(begun[1].stdin) == {"A": "x"}
+    assert "deepspeed.launcher.launch" in line and "--node_rank=1" in line and "A=x" not in line
     assert world_of(line.split()) == {"a": [0, 1], "b": [1]}
 
 
@@ -127,3 +128,15 @@ def test_sshs_words_become_advice(words: str, advice: str) -> None:
 
 def test_a_host_that_takes_too_long_is_told() -> None:
     assert "did not answer in time" in str(Answer("n1", None, "", "").obstacle)
+
+
+def test_a_host_is_no_option_of_ssh() -> None:
+    words = ssh_words("-oProxyCommand=touch x", "true")
+    assert words[words.index("--") + 1 :] == ["-oProxyCommand=touch x", "true"]
+
+
+@pytest.mark.parametrize("address", ["-oProxyCommand=x", "a b", "a;b", "$(id)"])
+def test_an_address_is_one(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run.parser().parse_args(["run.yaml", f"--master_addr={address}"])
+    assert "not a host's name" in capsys.readouterr().err

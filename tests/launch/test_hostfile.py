@@ -99,3 +99,19 @@ def test_a_choice_that_cannot_be_is_told(words: dict[str, str], message: str) ->
     with pytest.raises(RunError) as refused:
         chosen(HOSTS, **words)
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["-oProxyCommand=x", "-Fx", "a;b", "$HOME", "a,b", "^file", "a/b", "user@a", ".a", ":1", "a\u2028", "ä"],
+)
+def test_what_ssh_or_a_shell_would_take_for_something_else_is_no_host(tmp_path: Path, name: str) -> None:
+    with pytest.raises(
+        RunError, match=r"not a host's name|a user is no part|is not understood|slots= is missing"
+    ):
+        read_hostfile(hostfile(tmp_path, f"{name} slots=1\n"))
+
+
+def test_addresses_are_names(tmp_path: Path) -> None:
+    path = hostfile(tmp_path, "10.0.0.1 slots=1\nfe80::1 slots=1\n[::1] slots=1\nnode_1-a.b slots=1\n")
+    assert [host.name for host in read_hostfile(path)] == ["10.0.0.1", "fe80::1", "::1", "node_1-a.b"]

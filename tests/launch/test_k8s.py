@@ -145,3 +145,39 @@ def drain(spec: dict[str, Any], pod: "subprocess.Popen[str]", folder: Path) -> N
     hook = spec["lifecycle"]["preStop"]["exec"]["command"]
     script = hook[2].partition(";")[0].replace("python", sys.executable)
     subprocess.run([*hook[:2], script], env={**os.environ, "MEGALOOM_LAUNCH": f"{folder}-1"}, check=True)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], run_file: Path, *words: str) -> str:
+    with pytest.raises(SystemExit) as refused:
+        main(["k8s", str(run_file), *GIVEN, *words])
+    told = capsys.readouterr()
+    assert refused.value.code == 2 and told.out == ""
+    return told.err
+
+
+@pytest.mark.parametrize("words", [("--image", "a\nb"), ("--folder", "/a\nb"), ("train.steps=4\n",)])
+def test_no_word_becomes_a_line_of_the_manifest(
+    run_file: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    assert "has a line break" in refusal(capsys, run_file, *words)
+
+
+def test_nor_does_a_line_of_the_run_file(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """YAML ends a line at U+2028, in a comment of which an editor shows nothing."""
+    run_file.write_text(run_file.read_text("utf-8") + "# a\u2028# kind: Secret\n", "utf-8")
+    assert "run.yaml: has the character U+2028" in refusal(capsys, run_file)
+
+
+def test_a_run_file_that_begins_with_a_space_arrives_as_it_is(run_file: Path) -> None:
+    text = "  # mine\n" + run_file.read_text("utf-8")
+    run_file.write_text(text, "utf-8")
+    assert manifest(run_file)["ConfigMap"]["data"]["run.yaml"].rstrip() == text.rstrip()
+
+
+def test_a_key_of_the_json_is_not_written_into_a_manifest(
+    run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "own.json"
+    path.write_text('{"zero_optimization": {"stage": 1}, "comet": {"api_key": "SECRETKEY123"}}')
+    told = refusal(capsys, run_file, "--deepspeed_config", str(path))
+    assert "comet.api_key in" in told and "COMET_API_KEY" in told and "SECRETKEY123" not in told

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.env import Place, exported, keeper_environment, place_of
+from launch.env import LOOPBACK, Place, exported, keeper_environment, place_of
 from launch.keeper import LAUNCHER_IS_GONE
 from launch.reports import Beat, Ended, Said, decode
 from pretrain.monitor.heartbeat import Heartbeat, read
@@ -217,7 +217,21 @@ def test_a_rank_knows_its_place_from_whoever_started_it(environment: dict[str, s
     assert [kept[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE")] == [
         str(n) for n in place
     ]
-    assert ("GLOO_SOCKET_IFNAME" in kept) == place.spans_hosts or "GLOO_SOCKET_IFNAME" in os.environ
+    assert "GLOO_SOCKET_IFNAME" in kept
+
+
+def test_on_one_machine_ranks_meet_on_loopback_whatever_their_launcher_says() -> None:
+    """A batch script names the node, and torch and gloo would listen on its network."""
+    here = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "node7"}
+    kept = keeper_environment(here)
+    loopback = {
+        name for name, addresses in psutil.net_if_addrs().items() for a in addresses if a.address == LOOPBACK
+    }
+    assert kept["MASTER_ADDR"] == LOOPBACK
+    assert {kept["GLOO_SOCKET_IFNAME"], kept["NCCL_SOCKET_IFNAME"]} == loopback
+    assert keeper_environment({**here, "GLOO_SOCKET_IFNAME": "eth7"})["GLOO_SOCKET_IFNAME"] == "eth7"
+    apart = keeper_environment({**here, "LOCAL_SIZE": "1", "MASTER_ADDR": "10.255.255.1"})
+    assert apart["MASTER_ADDR"] == "10.255.255.1" and "NCCL_SOCKET_IFNAME" not in apart
 
 
 def test_variables_of_the_libraries_travel_and_others_on_request() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import time
@@ -171,3 +172,42 @@ def _signal_srun(shell: int) -> None:
         ["ps", "--ppid", str(shell), "-o", "pid="], capture_output=True, text=True, check=True
     )
     os.kill(int(listed.stdout.split()[0]), signal.SIGUSR1)
+
+
+def test_a_folder_of_any_name_is_one_word_to_sbatch(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sbatch's own rules are those of a shell's double quotes here."""
+    folder = run_file.parent / """a "b" \\c 'd' #e"""
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    (line,) = [
+        line
+        for line in script(run_file, "--ranks-per-node", "2").splitlines()
+        if line.startswith("#SBATCH --chdir=")
+    ]
+    assert shlex.split(line.removeprefix("#SBATCH "), comments=True) == [f"--chdir={folder}"]
+
+
+LINE = "x\nrm -rf y"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [(f"--sbatch=-{LINE}",), ("--container", LINE), (f"name={LINE}",), (f"out={LINE}",), ("--out", LINE)],
+)
+def test_no_word_becomes_a_line_of_the_script(
+    run_file: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        main(["slurm", str(run_file), "--ranks-per-node", "2", *words])
+    told = capsys.readouterr()
+    assert refused.value.code == 2 and told.out == "" and "\nrm" not in told.err
+
+
+def test_nor_does_a_folder(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run_file.parent / LINE).mkdir()
+    monkeypatch.chdir(run_file.parent / LINE)
+    with pytest.raises(SystemExit):
+        main(["slurm", str(run_file), "--ranks-per-node", "2"])
+    assert "folder='" in capsys.readouterr().err

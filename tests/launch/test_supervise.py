@@ -12,7 +12,7 @@ from launch.watch import Failure
 from pretrain.errors import RunError
 
 KILLED = Failure("rank 1 on n2 was killed (SIGKILL)", "n2", 1, 137)
-MISTAKE = Failure("rank 0 on n1 ended with exit code 2", "n1", 0, 2)
+MISTAKE = Failure("rank 0 on n1 ended with exit code 2", "n1", 0, 2, was_shown=True)
 
 
 class Scripted(Supervisor):
@@ -47,6 +47,7 @@ def run(supervisor: Scripted) -> tuple[int, int]:
         (Scripted(KILLED, None, restarts=2), 0, 0, 2),
         (Scripted(KILLED, KILLED, KILLED, restarts=2), 137, 3, 3),
         (Scripted(MISTAKE, restarts=2), 2, 0, 1),
+        (Scripted(MISTAKE._replace(was_shown=False), restarts=2), 2, 1, 1),
         (Scripted(KILLED, restarts=2, was_asked=True), 137, 1, 1),
         (Scripted(KILLED, RunError("no spare is fit"), restarts=2), 137, 1, 2),
     ],
@@ -56,6 +57,7 @@ def run(supervisor: Scripted) -> tuple[int, int]:
         "goes on",
         "out of restarts",
         "the user's mistake",
+        "a mistake that was not told",
         "asked to stop",
         "no hosts left",
     ],

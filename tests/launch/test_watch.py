@@ -73,6 +73,38 @@ def test_ranks_that_the_launcher_ends_have_not_failed() -> None:
     assert heard.told(Ended(0, "n1", 137, 9)).failure is None
 
 
+def test_what_many_ranks_refuse_is_shown_once_and_another_reason_too() -> None:
+    heard = Heard()
+    for rank in (1, 0, 3):
+        heard.told(Said(rank, "err", "pretrain.gpt: layout.tp=3\n"), Ended(rank, HOSTS[rank], 2))
+    heard.told(Said(2, "err", "pretrain.gpt: no disk\n"))
+    assert heard.err.getvalue() == "pretrain.gpt: layout.tp=3\npretrain.gpt: no disk\n"
+    assert heard.failure is not None and heard.failure.was_shown
+
+
+def test_a_refusal_that_speaks_of_a_connection_is_shown() -> None:
+    line = "pretrain.gpt: data.train=s3://x: Connection refused\n"
+    heard = Heard().told(Said(1, "err", line), Ended(1, "n1", 2))
+    assert heard.err.getvalue() == line
+    assert heard.failure is not None and heard.failure.is_the_users and heard.failure.was_shown
+
+
+def test_a_rank_that_ends_without_a_word_leaves_it_to_another_that_refuses() -> None:
+    heard = Heard().told(Ended(1, "n1", 2))
+    assert heard.failure is not None and not heard.failure.was_shown, "then its end is reported"
+    heard.told(Said(0, "err", "pretrain.gpt: layout.tp=3\n"), Ended(0, "n1", 2))
+    assert heard.failure.rank == 0 and heard.failure.was_shown
+
+
+def test_a_launcher_that_ends_badly_when_all_ranks_are_done_is_no_failure() -> None:
+    heard = Heard()
+    heard.launcher_failed(1, "")
+    for rank in range(4):
+        heard.told(Ended(rank, HOSTS[rank], 0))
+    heard.launcher_failed(137, "")
+    assert heard.failure is None and heard.all_succeeded
+
+
 def test_a_users_mistake_is_one() -> None:
     failure = Heard().told(Said(0, "err", "pretrain.gpt: layout.tp=3\n"), Ended(0, "n1", 2)).failure
     assert failure is not None and failure.is_the_users

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from deepspeed.monitor.csv_monitor import csvMonitor
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
@@ -14,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from pretrain.errors import RunError
 from pretrain.monitor.metrics import Record
 from pretrain.monitor.sinks import ConsoleSink, DeepSpeedMonitors, JsonLines, duration, short
+from pretrain.monitor.trackers import cut_csv_files
 from pretrain.plot import draw_losses, main, read_records
 
 
@@ -129,3 +131,31 @@ def test_the_loss_curve_is_drawn(tmp_path: Path, capsys: Any) -> None:
 def test_a_folder_that_no_run_wrote_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"no metrics\.jsonl there"):
         main(["loss", str(tmp_path)])
+
+
+def write_csv_life(folder: Path, *, resumed_step: int, last: int) -> None:
+    """As DeepSpeed's monitor writes, which keeps the names of files that have their heading."""
+    monitor = csvMonitor.__new__(csvMonitor)
+    monitor.enabled, monitor.log_dir = True, str(folder)
+    monitor.filenames = cut_csv_files(folder, resumed_step)
+    for step in range(resumed_step + 1, last + 1):
+        monitor.write_events([("train/loss", 5.0 / step, step)])
+
+
+def test_csv_files_show_each_step_and_their_heading_once_after_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deepspeed.comm.get_rank", lambda: 0)
+    path = tmp_path / "train_loss.csv"
+    write_csv_life(tmp_path, resumed_step=0, last=5)
+    with path.open("a") as file:
+        file.write("6,0.")  # the crash
+    write_csv_life(tmp_path, resumed_step=3, last=6)
+    assert [line.split(",")[0] for line in path.read_text().split()] == ["step", *"123456"]
+
+
+def test_csv_files_of_another_run_are_kept_under_another_name(tmp_path: Path) -> None:
+    (tmp_path / "train_loss.csv").write_text("step,loss\n1,5.0\n")
+    (tmp_path / "notes.csv").write_text("a,b,c\n")
+    assert cut_csv_files(tmp_path, 0) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.csv", "train_loss.csv.earlier"]

@@ -89,3 +89,33 @@ def test_a_small_file_is_replaced_whole(tmp_path: Path) -> None:
     store.write_whole(path, "one")
     store.write_whole(path, "two")
     assert path.read_text() == "two" and os.listdir(tmp_path) == ["state.json"]
+
+
+def test_a_checkpoint_that_was_moved_and_linked_is_kept_where_it_went(tmp_path: Path) -> None:
+    root, archive = tmp_path / "checkpoints", tmp_path / "archive"
+    for step in (1, 2, 3):
+        written = store.partial_folder(root, step)
+        (written / "weights").mkdir()
+        store.complete(written, [])
+    archive.mkdir()
+    for step in (1, 2):
+        (root / store.folder_name(step)).rename(archive / store.folder_name(step))
+        (root / store.folder_name(step)).symlink_to(archive / store.folder_name(step))
+    (root / "step-0000009.deleted.partial").symlink_to(archive)
+    store.prune(root, 2)
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step-0000002", "step-0000003"]
+    store.set_aside(root / store.folder_name(2))
+    (root / store.folder_name(2)).symlink_to(archive / "gone")  # to nowhere
+    written = store.partial_folder(root, 2)
+    assert store.complete(written, []).is_dir() and not (root / store.folder_name(2)).is_symlink()
+    (root / store.folder_name(2)).rename(tmp_path / "away")
+    (root / store.folder_name(2)).symlink_to(archive / store.folder_name(2))
+    store.set_aside(root / store.folder_name(2))  # where a link stands aside already
+    assert all((archive / store.folder_name(step) / "weights").is_dir() for step in (1, 2))
+
+
+def test_what_a_killed_process_was_about_to_write_is_removed(tmp_path: Path) -> None:
+    for name in ("latest.123.tmp", "run.yaml.9.tmp", "notes.tmp", "latest"):
+        (tmp_path / name).write_text("")
+    store.remove_temporary(tmp_path, tmp_path / "nowhere")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "notes.tmp"]
