@@ -16,7 +16,7 @@ PREFIX = "megaloom-"
 OWNER = "owner.json"
 PURPOSES = ("launch", "parity")
 SHARED_MEMORY = Path("/dev/shm")
-SHARED = ("nccl-*", "torch_*", "sem.mp-*")  # of NCCL, of torch's and of Python's processes
+SHARED = ("nccl-*", "sem.mp-*")  # of NCCL, and semaphores of Python's processes
 OLD_S, UNKNOWN_OLD_S = 60.0, 3600.0
 
 
