@@ -266,3 +266,14 @@ def test_widths_that_are_stated_or_follow_are_one_model(corpus: str, tmp_path: P
 def test_a_value_that_became_a_section_is_told_once() -> None:
     found = changes(RUN_FILE, {"fp8": None}, {"fp8": {"recipe": "current"}})
     assert [(change.key, change.rule) for change in found] == [("fp8.recipe", Rule.CONVERTED)]
+
+
+def test_the_documents_table_is_this_one() -> None:
+    lines = Path("docs/resume.md").read_text("utf-8").splitlines()
+    rows = [line.split("|") for line in lines if line.startswith("| **")]
+    found = {
+        (row[1].split("**")[1], key)
+        for row in rows
+        for key in row[2].replace("`", "").replace(",", " ").split()
+    }
+    assert found == {(rule.value, key) for table in (RUN_FILE, DEEPSPEED) for key, rule in table.items()}
