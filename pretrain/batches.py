@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from data_tools.background_check import BackgroundCheck
 from data_tools.corpus import Corpus
-from data_tools.errors import DataError, OneRankError
+from data_tools.errors import DataError
 from data_tools.loader import Batch, GPTBatch, SampleLoader, SampleSource, StepShape
 from data_tools.masked_batches import MaskedBatch
 from data_tools.ranks import Ranks
@@ -94,12 +94,12 @@ class Feed:
             DataError: they hold what no vocabulary has, or a corpus is not what was prepared; on this rank alone.
         """
         if self._check.fault is not None:
-            raise OneRankError(self._check.fault)
+            raise DataError(self._check.fault)
         self.consumed_samples += self.samples_per_step
         self.consumed_tokens += self._tokens_per_step
         if self._loader is None:
             return [None] * self._num_micro_batches
-        return to_device(next_batches(self._loader, self._groups), self._groups)
+        return to_device(next(self._loader), self._groups)
 
     def close(self) -> None:
         """End the reading threads."""
@@ -122,20 +122,10 @@ def evaluation_steps(
         if loader is None:
             yield [None], 0
         else:
-            found = next_batches(loader, groups)
+            found = next(loader)
             yield to_device(found, groups), sum(_num_counted(batch) for batch in found)
     if loader is not None:
         loader.close()
-
-
-def next_batches(loader: SampleLoader, groups: Groups) -> list[Batch]:
-    """The loader's next step.  What is wrong with it is printed by one of the ranks that read the same samples."""
-    try:
-        return next(loader)
-    except DataError as error:
-        if groups.place.tp == 0 and groups.place.pp == 0:
-            raise OneRankError(str(error)) from None
-        raise
 
 
 def step_shape(groups: Groups, *, micro_size: int, num_micro_batches: int) -> StepShape:

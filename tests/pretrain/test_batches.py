@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from data_tools.background_check import BackgroundCheck
-from data_tools.errors import DataError, OneRankError
+from data_tools.errors import DataError
 from pretrain.batches import Feed
 from pretrain.program import exit_code
 from tests.opened import opened
@@ -14,16 +14,15 @@ from tests.ranks import RankPool
 from tests.runs import tiny
 
 
-@pytest.mark.parametrize("error", [DataError, OneRankError])
 def test_a_fault_that_only_some_ranks_meet_is_printed_there(
-    error: type[DataError], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def work() -> None:
-        raise error("corpus=c: damaged")
+        raise DataError("corpus=c: damaged")
 
     monkeypatch.setenv("RANK", "3")
     assert exit_code("gpt", work) == 2
-    assert capsys.readouterr().err == ("" if error is DataError else "gpt: corpus=c: damaged\n")
+    assert capsys.readouterr().err == "gpt: corpus=c: damaged\n"
 
 
 def ways_to_end(raw: dict[str, Any]) -> list[str]:
@@ -44,7 +43,7 @@ def ways_to_end(raw: dict[str, Any]) -> list[str]:
 def fault_of(feed: Feed) -> str:
     try:
         feed.next_step()
-    except OneRankError as error:
+    except DataError as error:
         return f"alone: {error}"
     except DataError as error:
         return str(error)

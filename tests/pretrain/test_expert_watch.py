@@ -139,7 +139,9 @@ def record(step: int) -> Record:
         "loss": 5.0,
         "learning_rate": 1e-3,
         "grad_norm": 1.0,
+        "tokens": float(step),
         "tokens_per_s": 1.0,
+        "step_s": 1.0,
         "tflops_per_s_per_device": 1.0,
     }
     return Record(step, values | {"moe/load_min": 0.5, "moe/load_max": 1.5}, expert_loads=loads)
