@@ -49,8 +49,8 @@ def fault_of(feed: Feed) -> str:
 
 
 @pytest.mark.ranks
-def test_ranks_that_read_the_same_samples_tell_the_same(ranks: RankPool, corpus: str, tmp_path: Path) -> None:
+def test_every_rank_that_reads_damage_ends(ranks: RankPool, corpus: str, tmp_path: Path) -> None:
     first, second = ranks.run(ways_to_end, 2, tiny(corpus, tmp_path, layout={"tp": 2}))
-    assert first == second, "the launcher shows one line for all"
-    assert first[0] == "corpus=c: block 3 of .bin"
-    assert first[1].startswith("corpus=") and "beyond the vocabulary of 0 ids" in first[1]
+    for told in (first, second):
+        assert told[0] == "corpus=c: block 3 of .bin"
+        assert told[1].startswith("corpus=") and "beyond the vocabulary of 0 ids" in told[1]
