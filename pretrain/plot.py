@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from matplotlib import pyplot as plt
 from pretrain.config_io import load_run
 from pretrain.errors import RunError
 from pretrain.monitor.heat_map import LoadMap, heat_map
+from pretrain.monitor.records import read_lines
 from pretrain.optim import learning_rate_factor
 
 INK, MUTED, ACCENTS = "#1f2430", "#9aa5b1", ("#d1495b", "#2e86ab", "#3d9970", "#8d5fd3")
@@ -60,7 +60,15 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
         raise RunError(
             f"run={folder}: no metrics.jsonl there; give the folder that a run wrote into (out/name)"
         )
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    lines, num_dropped = read_lines(path)
+    found = [{key: value for key, value in line.record.items() if is_number(value)} for line in lines]
+    if not any("loss" in record for record in found):
+        raise RunError(f"{path}: no record with a loss ({num_dropped} lines are none): nothing to draw")
+    return found
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def draw_experts(folder: Path, step: int | None) -> Any:
@@ -70,7 +78,9 @@ def draw_experts(folder: Path, step: int | None) -> Any:
         raise RunError(
             f"run={folder}: no expert_loads.jsonl there; only runs of models with experts write it"
         )
-    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    lines = [line.record for line in read_lines(path)[0] if is_map(line.record)]
+    if not lines:
+        raise RunError(f"{path}: no map of loads in it: nothing to draw")
     known = [line for line in lines if step is None or line["step"] <= step]
     if not known:
         raise RunError(
@@ -78,6 +88,15 @@ def draw_experts(folder: Path, step: int | None) -> Any:
         )
     last = known[-1]
     return heat_map(LoadMap(tuple(last["layers"]), tuple(map(tuple, last["loads"]))), last["step"])
+
+
+def is_map(record: dict[str, Any]) -> bool:
+    """Layers, and for each a row of numbers."""
+    layers, loads = record.get("layers"), record.get("loads")
+    if not (isinstance(layers, list) and isinstance(loads, list) and 0 < len(layers) == len(loads)):
+        return False
+    are_rows = all(isinstance(row, list) and row and all(map(is_number, row)) for row in loads)
+    return are_rows and len(set(map(len, loads))) == 1
 
 
 def draw_losses(runs: dict[str, list[dict[str, Any]]], out: Path) -> None:

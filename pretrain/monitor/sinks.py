@@ -22,6 +22,7 @@ from pretrain.checkpoint.store import write_whole
 from pretrain.disks import no_space
 from pretrain.monitor.heat_map import heat_map
 from pretrain.monitor.metrics import Record
+from pretrain.monitor.records import read_lines
 
 log = logging.getLogger(__name__)
 
@@ -252,25 +253,10 @@ def duration(seconds: float) -> str:
 
 
 def _kept_lines(path: Path, resumed_step: int) -> Sequence[str]:
-    """Records up to the step that a run goes on from; what is no record, as a crash or damage leaves it, is dropped."""
-    if not resumed_step or not path.exists():
+    """Records up to the step that a run goes on from."""
+    if not resumed_step:
         return []
-    kept, num_dropped = [], 0
-    for line in path.read_bytes().decode(errors="replace").split("\n"):
-        step = _step_of(line)
-        if step is not None and step <= resumed_step:
-            kept.append(line)
-        num_dropped += step is None and bool(line.strip())
+    lines, num_dropped = read_lines(path)
     if num_dropped:
         log.warning("%s: %s dropped that are no records", path, counted(num_dropped, "line"))
-    return kept
-
-
-def _step_of(line: str) -> float | None:
-    """None: the line is no record."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    step = record.get("step") if isinstance(record, dict) else None
-    return step if isinstance(step, int) and not isinstance(step, bool) else None
+    return [line.text for line in lines if line.record["step"] <= resumed_step]

@@ -159,3 +159,33 @@ def test_csv_files_of_another_run_are_kept_under_another_name(tmp_path: Path) ->
     (tmp_path / "notes.csv").write_text("a,b,c\n")
     assert cut_csv_files(tmp_path, 0) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.csv", "train_loss.csv.earlier"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"null\n",
+        b"[1, 2]\n",
+        b'{"step": 1}\n',
+        b'{"step": "x", "loss": 2}\n',
+        b"\xff\xfe\x00",
+        b"[" * 100_000,
+    ],
+)
+def test_a_file_without_records_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    (tmp_path / "expert_loads.jsonl").write_bytes(content)
+    for kind in ("loss", "experts"):
+        with pytest.raises(RunError, match="nothing to draw"):
+            main([kind, str(tmp_path)])
+
+
+def test_a_damaged_line_costs_that_line_alone(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_life(path, resumed_step=0, last=6)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:2], b"\xff{broken\n", *lines[3:5], lines[5][:9]]))
+    assert [record["step"] for record in read_records(tmp_path)] == [1, 2, 4, 5]
+    write_life(path, resumed_step=4, last=5)
+    assert [record["step"] for record in read_records(tmp_path)] == [1, 2, 4, 5]
