@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-BUDGET_S = 1200.0  # recorded: 980 to 1,180, the more with other work on the machine
+BUDGET_S = 1300.0  # recorded: 980 to 1,180, and about 130 for resuming under other settings, damage and doors
 EVERYDAY = "not thorough"  # the tests that `make test` chooses
 REFERENCE_CPU_S = 0.054  # `work_cpu_s` on the machine that the budget was recorded on
 NUM_NAMED = 10
