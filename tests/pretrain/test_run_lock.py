@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -66,7 +67,7 @@ def test_the_second_is_refused_and_learns_who_is_first(tmp_path: Path) -> None:
         assert told.startswith(
             f"name={tmp_path.name}: another run is at work in {tmp_path} (process {os.getpid()} on "
         )
-        assert "job job1" in told and "last heartbeat 0 s ago" in told and "name=ANOTHER" in told
+        assert "job job1" in told and re.search(r"last heartbeat \d+ s ago", told) and "name=ANOTHER" in told
     lock.release()
     check_free(tmp_path)
 
