@@ -133,7 +133,7 @@ def _becomes_free(folder: Path, holder: Holder, job: str | None) -> bool:
     path, began_s = folder / LOCK, time.monotonic()
     elsewhere = holder.process is None or holder.process.is_elsewhere()
     patience_s = 1.5 * BEAT_S if elsewhere else DYING_S
-    touched_s = _touched_s(path)
+    touched_s, is_told = _touched_s(path), False
     while True:
         now = read(path)
         if now is None or now.is_left_over(job):
@@ -141,8 +141,13 @@ def _becomes_free(folder: Path, holder: Holder, job: str | None) -> bool:
         has_beaten = _touched_s(path) != touched_s or now.token != holder.token
         if elsewhere and has_beaten:
             return False
-        if time.monotonic() - began_s > patience_s and not (elsewhere and now.age_s > 1.5 * BEAT_S):
-            return False
+        if time.monotonic() - began_s > patience_s:
+            if not elsewhere or now.age_s < 1.5 * BEAT_S:
+                return False
+            if not is_told:
+                is_told = True
+                told = f"{path}: no heartbeat for {now.age_s:.0f} s; waiting until it is {STALE_S:.0f} s, to take it"
+                print(told, file=sys.stderr, flush=True)
         time.sleep(LOOK_AGAIN_S)
 
 
