@@ -92,7 +92,7 @@ def keeper_environment(base: Mapping[str, str]) -> dict[str, str]:
     words = (place.rank, place.local_rank, place.world_size, place.local_size)
     for name, value in zip(PLACES[0], words, strict=True):
         environment[name] = str(value)
-    if not place.spans_hosts:  # nobody from elsewhere has business with them
+    if not place.spans_hosts:  # no other host needs to reach them
         environment["MASTER_ADDR"] = LOOPBACK
     master = environment.get("MASTER_ADDR")
     interface = _interface_towards(master) if master is not None else None

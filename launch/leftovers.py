@@ -30,7 +30,7 @@ def scratch_folder(purpose: str) -> Iterator[Path]:
 
 
 def remove_leftovers() -> None:
-    """Of this user, and of nobody who may be at work still."""
+    """Of this user, and only what no running process can still use."""
     temporary = Path(tempfile.gettempdir())
     for purpose in PURPOSES:
         for folder in temporary.glob(f"{PREFIX}{purpose}-*"):

@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
 def tell(run: Run, history: Sequence[report.Started]) -> None:
     """The one page into the run's folder, and onto the console what matters of it."""
     logs = run.folder / "logs"
-    checkpoint = newest_checkpoint(run.folder / "checkpoints")
+    checkpoint = newest_checkpoint(run.checkpoints)
     text = report.page(
         run.config.name, history, num_steps=run.config.train.steps, checkpoint=checkpoint, logs=logs
     )

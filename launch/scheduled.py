@@ -47,7 +47,7 @@ class Scheduled:
     @property
     def latest(self) -> Path:
         """The file that names the newest checkpoint."""
-        return self.run.folder / "checkpoints" / LATEST
+        return self.run.checkpoints / LATEST
 
     @property
     def last_checkpoint(self) -> str:

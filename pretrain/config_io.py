@@ -50,6 +50,10 @@ class Run:
         return Path(self.config.out) / self.config.name
 
     @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
     def zero_stage(self) -> int:
         return int(self.deepspeed["zero_optimization"]["stage"])
 

@@ -9,7 +9,6 @@ from enum import Enum
 from model_providers.random_streams import seed_streams
 from pretrain.batches import Feed
 from pretrain.checkpoint import store
-from pretrain.checkpoint.save_load import checkpoint_root
 from pretrain.config_io import Run
 from pretrain.engine.base import Engine
 from pretrain.errors import RunError
@@ -99,7 +98,7 @@ class Loop:
         return Outcome.DONE
 
     def _unsaved(self, done: int) -> str:
-        root = checkpoint_root(self.run)
+        root = self.run.checkpoints
         kept = next(iter(store.checkpoints(root)), None)
         last = f"the last checkpoint is {kept}" if kept else "there is no checkpoint"
         return (

@@ -29,7 +29,7 @@ from pretrain.batches import Feed, open_run_data
 from pretrain.checkpoint import save_load, store
 from pretrain.checkpoint.fit import check_same_order, told_at_resume
 from pretrain.checkpoint.source import check_source
-from pretrain.checkpoint.state import RunState, state_of
+from pretrain.checkpoint.state import RunState, make_state
 from pretrain.checkpoint.store import TOKENIZER, WEIGHTS, write_whole
 from pretrain.checkpoint.upcycle import Upcycler
 from pretrain.checkpoint.weights import WeightLoader
@@ -83,7 +83,7 @@ def lock_folder(run: Run, groups: Groups) -> RunLock | None:
     if groups.is_first:
         try:
             lock = run_lock.take(run.folder, os.environ.get(run_lock.JOB_ID))
-            store.remove_temporary(run.folder, save_load.checkpoint_root(run))
+            store.remove_temporary(run.folder, run.checkpoints)
         except RunError as told:
             refusal = str(told)
     refusal = groups.first_told(refusal)
@@ -103,17 +103,13 @@ def train_alone(run: Run, groups: Groups, heartbeat: Heartbeat) -> Outcome:
     checkpoint = save_load.find(run, groups)
     engine = make_engine(run, plan, groups, begins=checkpoint is None, data=data)
     engine.timers.heartbeat = heartbeat
-    state = save_load.load(checkpoint, engine) if checkpoint else state_of(run, data, step=0)
-    check_same_order(state, data, run)
+    state = resume(checkpoint, run, data, engine) if checkpoint else make_state(run, data, step=0)
     feed = make_feed(run, data, groups, state)
     eight_bits = make_eight_bits_watch(run, engine)
     barred = eight_bits.barred if eight_bits is not None else []
     sinks = (
         open_run_log(console, run, engine, plan, data, checkpoint, state, barred) if groups.is_first else []
     )
-    if checkpoint and groups.is_first:
-        for line in told_at_resume(state, run):
-            log.warning("%s", line)
     if state.step >= run.config.train.steps and groups.is_first:
         log.info("all %d steps are done already; raise train.steps to go on, or use another name", state.step)
     loop = Loop(
@@ -133,6 +129,16 @@ def train_alone(run: Run, groups: Groups, heartbeat: Heartbeat) -> Outcome:
         feed.close()
         for sink in sinks:
             sink.close()
+
+
+def resume(checkpoint: Path, run: Run, data: TrainingData, engine: Engine) -> RunState:
+    """Load a checkpoint, check that its samples go on, and log what takes effect from here on."""
+    state = save_load.load(checkpoint, engine)
+    check_same_order(state, data, run)
+    if engine.groups.is_first:
+        for line in told_at_resume(state, run):
+            log.warning("%s", line)
+    return state
 
 
 def check_place(run: Run, groups: Groups) -> None:
@@ -313,7 +319,7 @@ def make_eight_bits_watch(run: Run, engine: Engine) -> EightBitsWatch | None:
 
 def save(run: Run, engine: Engine, data: TrainingData, step: int, feed: Feed) -> bool:
     """A checkpoint after ``step`` steps; False if the disk has no room for it."""
-    state = state_of(
+    state = make_state(
         run,
         data,
         step=step,

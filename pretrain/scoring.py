@@ -77,7 +77,7 @@ def held_out_sets(trained: Trained, corpus: str | None) -> dict[str, SampleSourc
     config = trained.config.data
     changes: dict[str, Any] = {
         "verify": "off" if config.verify == "off" else "sampled"
-    }  # nobody waits for all of it
+    }  # an evaluation does not wait for all of it
     if corpus is not None:
         changes |= {"train": corpus, "split": "100,0,0", "validation": {corpus: corpus}, "test": {}}
     for prefix in [corpus] if corpus is not None else config.prefixes():

@@ -33,38 +33,25 @@ SAME_RATE = 0.01  # learning rates that differ by less are one
 
 def check_before_start(run: Run, data: TrainingData | None = None) -> None:
     """What can be told of checkpoints without a rank: raises the `RunError` with which the ranks would refuse."""
-    found = _found_before_start(run)
-    if found is not None:
-        folder, state = found
-        is_chosen_later = (
-            run.config.layout.schedule == AUTO_SCHEDULE
-        )  # the ranks choose what fits the checkpoint
-        check_fits(state, run, folder, with_layout=not is_chosen_later)
-        if data is not None:
-            check_data_is_the_same(state, data, run, folder)
-        return
-    source = run.config.checkpoint.weights_from
-    if source is not None and not _has_any(run):
-        folders = store.meant(source, key="checkpoint.weights_from")
-        check_source(run, next(filter(is_readable, folders), folders[0]), data)
-
-
-def _has_any(run: Run) -> bool:
-    return bool(store.checkpoints(run.folder / "checkpoints")) and run.config.checkpoint.resume != "never"
-
-
-def _found_before_start(run: Run) -> tuple[Path, RunState] | None:
-    """The newest checkpoint whose state is whole, as the ranks will find it."""
-    resume = run.config.checkpoint.resume
-    folders = store.checkpoints(run.folder / "checkpoints") if resume != "never" else []
-    if resume not in ("auto", "never") and not folders:
+    resume, source = run.config.checkpoint.resume, run.config.checkpoint.weights_from
+    own = store.checkpoints(run.checkpoints) if resume != "never" else []
+    folders = own
+    if resume not in ("auto", "never") and not own:
         named = store.checkpoint_in(Path(resume))
         folders = [named] if named is not None else []
-    for folder in folders:
+    for folder in folders:  # the newest whose state is whole, as the ranks will find it
         state = readable_state(folder)
         if state is not None:
-            return folder, state
-    return None
+            is_chosen_later = (
+                run.config.layout.schedule == AUTO_SCHEDULE
+            )  # by ranks: what fits the checkpoint
+            check_fits(state, run, folder, with_layout=not is_chosen_later)
+            if data is not None:
+                check_data_is_the_same(state, data, run, folder)
+            return
+    if source is not None and not own:
+        there = store.meant(source, key="checkpoint.weights_from")
+        check_source(run, next(filter(is_readable, there), there[0]), data)
 
 
 def check_fits(state: RunState, run: Run, folder: Path, *, with_layout: bool = True) -> None:
@@ -115,7 +102,7 @@ def check_data_is_the_same(state: RunState, data: TrainingData, run: Run, folder
 
 def check_same_order(state: RunState, data: TrainingData, run: Run) -> None:
     """A resumed run must meet the samples that it would have met; every rank calls it, once orders are built."""
-    folder = run.folder / "checkpoints" / store.folder_name(state.step)
+    folder = run.checkpoints / store.folder_name(state.step)
     check_data_is_the_same(state, data, run, folder)
     found = data.next_samples_hash(state.consumed_samples, num_samples=SAMPLES_COMPARED)
     if state.next_samples != found:

@@ -156,15 +156,9 @@ DEEPSPEED: dict[str, Rule] = {
     ),
 }
 
-UNTOLD = (
-    "name",
-    "out",
-    "deepspeed",
-    "checkpoint",
-    "monitor",
-    "nvme_path",
-    "kernels",
-)  # they change no number
+# They change no number.
+UNTOLD = {"name", "out", "deepspeed", "checkpoint", "monitor", "nvme_path", "kernels", "tensorboard", "wandb"}
+UNTOLD |= {"csv_monitor", "comet", "comms_logger", "flops_profiler", "steps_per_print"}
 
 
 def rule_of(table: Mapping[str, Rule], key: str) -> Rule | None:
@@ -179,7 +173,7 @@ def rule_of(table: Mapping[str, Rule], key: str) -> Rule | None:
 def changes(table: Mapping[str, Rule], before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
     """Every value that differs, of two documents of the same kind."""
     theirs, ours = dict(leaves(dict(before))), dict(leaves(dict(now)))
-    keys = [key for key in sorted({*theirs, *ours}) if not _same(theirs.get(key), ours.get(key))]
+    keys = [key for key in sorted({*theirs, *ours}) if _plain(theirs.get(key)) != _plain(ours.get(key))]
     # A section that is {} or null on one side and filled on the other is told by what fills it.
     told = [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
     return [Change(key, theirs.get(key), ours.get(key), rule_of(table, key) or Rule.REFUSED) for key in told]
@@ -191,10 +185,6 @@ def worth_telling(found: list[Change]) -> Iterator[Change]:
         is_quiet = change.key.split(".")[0] in UNTOLD
         if change.rule in (Rule.FREE, Rule.CONVERTED) and not is_quiet:
             yield change
-
-
-def _same(before: Any, now: Any) -> bool:
-    return _plain(before) == _plain(now)
 
 
 def _plain(value: Any) -> Any:

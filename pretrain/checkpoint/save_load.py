@@ -39,7 +39,7 @@ SPARE_SPACE = 1.1  # a checkpoint needs this times the bytes of the last one to 
 
 def save(run: Run, engine: Engine, state: RunState, tokenizer_folder: Path) -> Path | None:
     """Write a checkpoint of this step; every rank calls it.  None if the disk has no room for it."""
-    groups, root = engine.groups, checkpoint_root(run)
+    groups, root = engine.groups, run.checkpoints
     final = root / store.folder_name(state.step)
     needed = bytes_together(engine)
     if not _told_by_first(groups, _has_room(root, needed) if groups.is_first else None):
@@ -68,7 +68,7 @@ def save(run: Run, engine: Engine, state: RunState, tokenizer_folder: Path) -> P
 def _full_disk_in_words(folder: Path) -> Iterator[None]:
     """A disk that fills up meanwhile: others may have written to it too.
 
-    The rank that meets it ends the run: the others wait for it in the middle of the save, which nobody can take back.
+    The rank that meets it ends the run: the others wait for it in the middle of the save, which cannot be undone.
     The half checkpoint goes with the next save, and the ones before stand.
     """
     try:
@@ -128,10 +128,6 @@ def apart_by_group(parameters: Iterable[Any]) -> list[list[Any]]:
     return list(by_group.values())
 
 
-def checkpoint_root(run: Run) -> Path:
-    return run.folder / "checkpoints"
-
-
 def find(run: Run, groups: Groups) -> Path | None:
     """The checkpoint this run goes on from, whole and of the same layout; every rank gets the same answer.
 
@@ -145,8 +141,11 @@ def find(run: Run, groups: Groups) -> Path | None:
     for name in names:
         folder = Path(name)
         faults = _faults_together(folder, groups)
-        if not faults:
-            check_fits(read_state(folder), run, folder)
+        state = None if faults else readable_state(folder)
+        if state is None:
+            faults = faults or [f"no {STATE} in {manifest.MANIFEST}"]
+        else:
+            check_fits(state, run, folder)
             _refuse_strangers(folder, groups)
             if groups.is_first:
                 for other in damaged:
@@ -203,7 +202,7 @@ def placement_of_newest(run: Run, groups: Groups) -> dict[str, Any] | None:
 
 def _candidates(run: Run) -> tuple[list[str], str | None]:
     """Checkpoints that may be gone on from, the best first; or why there can be none."""
-    root, resume = checkpoint_root(run), run.config.checkpoint.resume
+    root, resume = run.checkpoints, run.config.checkpoint.resume
     own = store.checkpoints(root)
     if resume == "never" and own:
         return [], (

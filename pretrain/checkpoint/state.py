@@ -20,8 +20,6 @@ from pretrain.redaction import redacted
 
 FORMAT = 2
 SAMPLES_COMPARED = 8  # of those that come next, when a run resumes
-# Sections of the JSON that have nothing to do with what is trained, and may hold secrets.
-MONITORS = {"tensorboard", "wandb", "csv_monitor", "comet", "comms_logger", "flops_profiler"}
 
 
 class RunState(BaseModel):
@@ -38,13 +36,13 @@ class RunState(BaseModel):
     next_samples: str  # hash of the samples that come next
     tokenizer: str  # its fingerprint
     run: dict[str, Any]  # the run file with all defaults
-    deepspeed: dict[str, Any]  # the JSON with everything filled in, but for its monitors
+    deepspeed: dict[str, Any]  # the JSON with everything filled in, and no secrets
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
 
 
-def state_of(
+def make_state(
     run: Run, data: TrainingData, *, step: int, consumed_samples: int = 0, consumed_tokens: int = 0
 ) -> RunState:
     """What a checkpoint after ``step`` steps must remember."""
@@ -128,7 +126,6 @@ def model_facts(model: ModelConfig) -> dict[str, Any]:
 
 
 def json_facts_of(run: Run) -> dict[str, Any]:
-    """The JSON that DeepSpeed gets, without its monitors."""
-    kept = {key: value for key, value in run.deepspeed.items() if key not in MONITORS}
-    facts: dict[str, Any] = json.loads(json.dumps(redacted(kept)))
+    """The JSON, without secrets."""
+    facts: dict[str, Any] = json.loads(json.dumps(redacted(run.deepspeed)))
     return facts

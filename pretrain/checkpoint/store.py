@@ -69,7 +69,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def remove_temporary(*folders: Path) -> None:
-    """What a process that was killed in `write_whole` has left; nobody else may write there now."""
+    """What a process that was killed in `write_whole` has left; no other process may write there now."""
     for folder in folders:
         for path in folder.glob("*.tmp"):
             if re.fullmatch(r".+\.\d+\.tmp", path.name):

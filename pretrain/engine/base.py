@@ -126,7 +126,9 @@ class Engine(ABC):
         with self.deepspeed.in_plain_files(), plain_data_only(folder.parent):
             path, told = self.deepspeed.load_checkpoint(str(folder.parent), tag=folder.name)
         assert path is not None, f"DeepSpeed found nothing to load under {folder}"
-        _clip_as_stated(self.deepspeed)
+        if hasattr(self.deepspeed.optimizer, "clip_grad"):
+            # DeepSpeed's optimizers take it from the checkpoint (zero/stage_1_and_2.py, bf16_optimizer.py, fp16/).
+            self.deepspeed.optimizer.clip_grad = self.deepspeed.gradient_clipping()
         for group, stated in zip(self.deepspeed.optimizer.param_groups, settings, strict=True):
             group.update(stated)
         unknown = self.deepspeed.eight_bits.restore(told.get(EIGHT_BITS, {}))
@@ -150,9 +152,3 @@ class Engine(ABC):
     def _loss_scale(self) -> float:
         scale = self.deepspeed._get_optimizer_loss_scale() if self.deepspeed.fp16_enabled() else None
         return 1.0 if scale is None else float(scale)
-
-
-def _clip_as_stated(engine: StepControl) -> None:
-    """DeepSpeed's optimizers take the limit from the checkpoint (zero/stage_1_and_2.py, bf16_optimizer.py, fp16/)."""
-    if hasattr(engine.optimizer, "clip_grad"):
-        engine.optimizer.clip_grad = engine.gradient_clipping()

@@ -57,7 +57,7 @@ def first_stranger(paths: Iterable[Path]) -> str | None:
 
 def refusal(folder: Path, what: str) -> str:
     return (
-        f"checkpoint {folder}: holds more than tensors and numbers ({what}), and could run code of whoever wrote it; "
+        f"checkpoint {folder}: holds more than tensors and numbers ({what}), and could run code of its author; "
         "it is not loaded"
     )
 

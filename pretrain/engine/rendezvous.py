@@ -1,7 +1,7 @@
 """Where ranks meet: torch's store, which on one machine listens to that machine alone.
 
-Left alone, torch's TCPStore listens on all interfaces, and takes keys from whoever connects.  Where the address to meet
-at is a loopback one, rank 0 binds the socket itself and hands it over.
+Left alone, torch's TCPStore listens on all interfaces, and takes keys from any host that connects.  Where the address
+to meet at is a loopback one, rank 0 binds the socket itself and hands it over.
 """
 
 import datetime

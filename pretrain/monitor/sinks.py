@@ -154,8 +154,7 @@ class ConsoleSink:
         )
         self._started_s = self._last_line_s = time.monotonic()
         self._steps_since_start = 0
-        self._counted = (0.0, 0.0)  # tokens and seconds of training up to the last line
-        self._has_counted = False
+        self._counted: tuple[float, float] | None = None  # tokens and seconds of training up to the last line
         if self._live:
             self._live.start()
 
@@ -199,10 +198,9 @@ class ConsoleSink:
     def _tokens_per_s(self, record: Record) -> float:
         """Over all steps since the last line, or since this start."""
         values = record.values
-        if not self._has_counted:
+        if self._counted is None:
             step_s = values["step_s"]
             self._counted = (values["tokens"] - values["tokens_per_s"] * step_s, record.trained_s - step_s)
-            self._has_counted = True
         tokens, trained_s = self._counted
         return (values["tokens"] - tokens) / max(record.trained_s - trained_s, 1e-9)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from data_tools.training_data import check_data
 from pretrain.checkpoint import manifest, store
-from pretrain.checkpoint.state import state_of
+from pretrain.checkpoint.state import make_state
 from pretrain.config_io import Run
 from pretrain.run_file import to_yaml
 
@@ -12,14 +12,14 @@ from pretrain.run_file import to_yaml
 def write_checkpoint(run: Run, step: int) -> Path:
     """As if ``run`` had saved itself after ``step`` steps."""
     data = check_data(run.config.data)
-    state = state_of(
+    state = make_state(
         run,
         data,
         step=step,
         consumed_samples=step * run.global_size,
         consumed_tokens=step * run.tokens_per_step,
     )
-    folder = store.partial_folder(run.folder / "checkpoints", step)
+    folder = store.partial_folder(run.checkpoints, step)
     (folder / store.STATE).write_text(state.to_json(), "utf-8")
     (folder / store.CONFIG).write_text(to_yaml(run.config), "utf-8")
     data.tokenizer.save(folder / store.TOKENIZER)

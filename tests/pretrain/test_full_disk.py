@@ -126,7 +126,7 @@ def expected_and_real(raw: dict[str, Any]) -> tuple[int, int]:
 
     engine = go_on(run, None, Nowhere())
     expected = save_load.bytes_together(engine)
-    (folder,) = store.checkpoints(save_load.checkpoint_root(run))
+    (folder,) = store.checkpoints(run.checkpoints)
     return expected, sum(path.stat().st_size for path in manifest.files_of(folder))
 
 
